@@ -1,0 +1,1 @@
+"""Rollout side: watch, fetch, prove, serve, sample, evaluate, replay."""

@@ -1,0 +1,1 @@
+"""What every side agrees on: errors, configuration, store, manifest, adapter files. No torch, no vllm."""

@@ -1,0 +1,201 @@
+"""One TOML file configures every program; each reads the sections it needs.
+
+Promises: unknown sections and keys fail with the nearest valid name; every value's type is checked; nothing here reads
+the environment. Does not: expand variables, merge files. A flag on the command line wins over the file
+(`override`).
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from shared.errors import UsageError
+
+Section = TypeVar("Section")
+
+ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where versions live. `options` go to the fsspec filesystem as they are (endpoint_url, key, secret, ...)."""
+
+    url: str
+    adapter: str = "policy"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    poll_interval_s: float = 1.0
+    list_interval_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model: a directory in Hugging Face format, the same bytes for trainer and engine."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapter shape. `targets` are Megatron-Core linear names; `encoding` is the dtype on the wire."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ALL_LINEAR
+    encoding: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned: prompt files (JSONL or Parquet, by URL) and a reward function (`module:function`)."""
+
+    train_prompts: str
+    heldout_prompts: str
+    reward: str
+    max_new_tokens: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The trainer. One optimizer step takes `prompts_per_step` groups of `group_size` completions."""
+
+    steps: int = 40
+    prompts_per_step: int = 32
+    group_size: int = 8
+    publish_every: int = 1
+    max_staleness: int = 1
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 3
+    max_grad_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    behaviour_cap: float = 2.0
+    kl_coefficient: float = 0.0
+    checkpoint_every: int = 5
+    seed: int = 0
+    threads: int = 1
+    queue_versions: int = 1
+    on_full_queue: Literal["wait", "skip"] = "wait"
+    take_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """A rollout node: its engine, cache, and sampler. `engine_url` empty means: start vLLM here."""
+
+    node: str = "node-0"
+    cache_dir: str = ""
+    engine_url: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine_args: tuple[str, ...] = ()
+    max_lora_rank: int = 16
+    max_loras: int = 3
+    max_cpu_loras: int = 8
+    max_model_len: int = 128
+    max_num_seqs: int = 256
+    threads: int = 1
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 120.0
+    groups_per_request: int = 8
+    max_concurrent_groups: int = 32
+    heldout_limit: int = 512
+    keep_loaded: int = 2
+    quarantine_after: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file."""
+
+    store: StoreConfig
+    model: ModelConfig
+    task: TaskConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML file.
+
+    Args:
+        path: the file. Relative paths inside it are taken from its own folder only by those who use them.
+        overrides: dotted keys that win over the file, {"store.url": "file:///x"}.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key, a wrong type, a missing required key.
+    """
+    try:
+        mapping: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such configuration file", op="read config", key=str(path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not a TOML file: {error}", op="read config", key=str(path)) from error
+    for dotted, value in (overrides or {}).items():
+        section, name = dotted.split(".", 1)
+        mapping.setdefault(section, {})[name] = value
+    return parse(Config, mapping)
+
+
+def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -> Section:
+    """Build a frozen dataclass from a mapping, checking names and types.
+
+    Raises:
+        UsageError: names the key, and for an unknown key the nearest valid one.
+    """
+    hints = typing.get_type_hints(section)
+    fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for name in mapping:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(fields)}"
+            raise UsageError(f"unknown key {prefix}{name}", op="read config", hint=hint)
+    values: dict[str, Any] = {}
+    for name, spec in fields.items():
+        if name in mapping:
+            values[name] = _value(hints[name], mapping[name], prefix + name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UsageError(
+                f"missing key {prefix}{name}", op="read config", hint=f"Add {name} under [{where or 'file'}]"
+            )
+    return section(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Check one value against its annotation; lists become tuples, ints become floats where a float is asked."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where} must be a table", op="read config")
+        return parse(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise UsageError(f"{where} must be one of {typing.get_args(hint)}, not {value!r}", op="read config")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{where} must be a list, not {value!r}", op="read config")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (types.UnionType, typing.Union):
+        raise AssertionError(f"{where}: unions are not used in configuration")
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where} must be a table, not {value!r}", op="read config")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UsageError(f"{where} must be {hint.__name__}, not {value!r}", op="read config")
+    return value
