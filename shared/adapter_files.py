@@ -1,0 +1,164 @@
+"""Safetensors files in our tensor order, and their strict reading.
+
+The format (8-byte little-endian header length, JSON header, gapless bytes) is safetensors' own, so every stock reader
+opens our files; the writer is ours because `safetensors.save_file` sorts by name and so tears experts apart
+("experts.10" before "experts.2"). The reader is ours because safetensors is no integrity layer: 0.8 accepts flipped
+bits, duplicate keys, path-like names and 13 MB headers. Nothing here allocates before it has checked a limit.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared import strict_json
+from shared.errors import Corrupt
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+MAX_TENSORS = 200_000
+ALIGN_BYTES = 8
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a file. `dtype` as safetensors spells it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = ITEM_BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor and where its bytes lie, counted from the start of the data section."""
+
+    spec: TensorSpec
+    start: int
+    end: int
+
+
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The length prefix and header of a file that holds these tensors back to back, in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    start = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.nbytes],
+        }
+        start += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGN_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed], int]:
+    """Read a file's header.
+
+    Args:
+        head: the file's first bytes, at least the length prefix and the header.
+        file_bytes: the whole file's size; the data must fill it exactly.
+
+    Returns:
+        The tensors in data order, and where the data section starts.
+
+    Raises:
+        Corrupt: anything that the format forbids, plus duplicate names and gaps or overlaps.
+    """
+
+    def demand(holds: bool, problem: str) -> None:
+        if not holds:
+            raise Corrupt(problem, op="read safetensors header", key=key)
+
+    demand(len(head) >= 8, "truncated before the header's length")
+    length = int.from_bytes(head[:8], "little")
+    demand(length <= MAX_HEADER_BYTES, f"header of {length} bytes, more than {MAX_HEADER_BYTES}")
+    demand(len(head) >= 8 + length, "truncated inside the header")
+    header = strict_json.load_object(head[8 : 8 + length], key=key, max_bytes=MAX_HEADER_BYTES)
+    header.pop("__metadata__", None)
+    demand(len(header) <= MAX_TENSORS, f"{len(header)} tensors, more than {MAX_TENSORS}")
+    placed = [_place(name, entry, key) for name, entry in header.items()]
+    placed.sort(key=lambda tensor: tensor.start)
+    end = 0
+    for tensor in placed:
+        demand(tensor.start == end, f"gap or overlap before tensor {tensor.spec.name[:80]!r}")
+        end = tensor.end
+    demand(8 + length + end == file_bytes, f"{file_bytes} bytes, but header and data make {8 + length + end}")
+    return placed, 8 + length
+
+
+def _place(name: str, entry: Any, key: str) -> Placed:
+    """Check one header entry."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = (*shape, start, end)
+        if dtype not in ITEM_BYTES or any(type(n) is not int or n < 0 for n in numbers) or len(shape) > 8:
+            raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"bad entry for tensor {name[:80]!r}: {error}", op="read safetensors header", key=key) from error
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if end - start != spec.nbytes:
+        raise Corrupt(
+            f"tensor {name[:80]!r} spans {end - start} bytes, its shape needs {spec.nbytes}",
+            op="read safetensors header",
+            key=key,
+        )
+    return Placed(spec, start, end)
+
+
+def read_tensors(content: bytes | memoryview, *, key: str) -> Iterator[tuple[TensorSpec, memoryview]]:
+    """The tensors of a whole file in memory, as views of its bytes, in data order.
+
+    Raises:
+        Corrupt: see `parse_header`.
+    """
+    view = memoryview(content)
+    length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
+    placed, data_start = parse_header(bytes(view[: min(8 + length, len(view))]), len(view), key=key)
+    for tensor in placed:
+        yield tensor.spec, view[data_start + tensor.start : data_start + tensor.end]
+
+
+def demand_finite(spec: TensorSpec, content: bytes | memoryview, *, key: str) -> None:
+    """Check that a tensor has neither NaN nor infinity: an exponent of all ones.
+
+    Raises:
+        Corrupt: names the tensor.
+    """
+    word, exponent = _EXPONENT[spec.dtype]
+    bits = np.frombuffer(content, dtype=word)
+    if bool(((bits & exponent) == exponent).any()):
+        raise Corrupt(f"NaN or infinity in tensor {spec.name}", op="check values", key=key)
+
+
+def peft_config(*, rank: int, alpha: int, target_modules: Sequence[str], base_name: str) -> dict[str, Any]:
+    """adapter_config.json of a plain PEFT LoRA adapter."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(target_modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

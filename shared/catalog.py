@@ -1,0 +1,123 @@
+"""What versions an adapter has, read from the store.
+
+"Latest" is the highest (epoch, number) with a manifest. LATEST is a hint that saves a listing: it may lag and, when a
+stalled trainer of a lower epoch wakes up, even step back; `newest` never does, because the reader keeps the highest
+version it has seen. A listing now and then finds what the hint missed.
+"""
+
+from typing import Any
+
+from shared import strict_json
+from shared.errors import Corrupt, KeyMissing, UsageError
+from shared.layout import LAYOUT, Layout, version_of
+from shared.manifest import Manifest
+from shared.store import Store
+from shared.versions import Version
+
+MAX_HINT_BYTES = 100_000
+
+
+class Catalog:
+    """Reads one adapter's versions. Keeps no state but the hint's tag; every method may be called from any thread."""
+
+    def __init__(self, store: Store, adapter: str) -> None:
+        self.store, self.layout = store, Layout(adapter)
+
+    def hint(self, tag: str = "") -> tuple[Version | None, str] | None:
+        """What LATEST says: one conditional read.
+
+        Args:
+            tag: of the last read, or empty.
+
+        Returns:
+            (version, tag), or None if nothing changed. (None, "") while nothing was ever published. A hint that can't
+            be read counts as absent: the listing is the truth.
+        """
+        try:
+            fetched = self.store.get_if_changed(self.layout.latest, tag)
+        except KeyMissing:
+            return None, ""
+        if fetched is None:
+            return None
+        try:
+            body = strict_json.load_object(fetched.content, key=self.layout.latest, max_bytes=MAX_HINT_BYTES)
+            return Version(int(body["epoch"]), int(body["version"])), fetched.tag
+        except (Corrupt, KeyError, TypeError, ValueError):
+            return None, fetched.tag
+
+    def versions(self) -> list[Version]:
+        """Every committed version, ascending: one listing."""
+        found = (version_of(entry.key) for entry in self.store.list(self.layout.manifests))
+        return sorted(version for version in found if version)
+
+    def newest(self) -> Version | None:
+        """The latest version by listing."""
+        versions = self.versions()
+        return versions[-1] if versions else None
+
+    def manifest(self, version: Version) -> Manifest:
+        """Fetch and check one manifest.
+
+        Raises:
+            KeyMissing: no such version (never committed, or expired).
+            Corrupt: the manifest, or one that stands under another version's name.
+        """
+        key = self.layout.manifest(version)
+        manifest = Manifest.parse(self.store.get(key), key=key)
+        if (manifest.adapter, manifest.version) != (self.layout.adapter, version):
+            problem = f"names {manifest.adapter}@{manifest.version}"
+            raise Corrupt(problem, op="read manifest", key=key, version=str(version))
+        return manifest
+
+    def resolve(self, text: str) -> Version:
+        """A version as a person writes it: `latest`, `0001-000012`, or `12` (the highest epoch that has it).
+
+        Raises:
+            UsageError: no such version.
+        """
+        versions = self.versions()
+        if text == "latest" and versions:
+            return versions[-1]
+        if text.isdigit():
+            match = [version for version in versions if version.number == int(text)]
+        else:
+            match = [version for version in versions if text != "latest" and version == Version.parse(text)]
+        if not match:
+            have = f"{versions[0]} .. {versions[-1]}" if versions else "none"
+            raise UsageError(f"no version {text!r} of {self.layout.adapter}", op="find version", hint=f"Have: {have}")
+        return match[-1]
+
+    def progress(self) -> dict[str, Any] | None:
+        """The trainer's own hint of how far it is, or None."""
+        return self._hint_object(self.layout.trainer)
+
+    def node(self, node: str) -> dict[str, Any] | None:
+        """A node's own hint of its state, or None."""
+        return self._hint_object(self.layout.node(node))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every node's hint."""
+        found = (self._hint_object(entry.key) for entry in self.store.list(self.layout.nodes))
+        return [hint for hint in found if hint]
+
+    def _hint_object(self, key: str) -> dict[str, Any] | None:
+        try:
+            return strict_json.load_object(self.store.get(key), key=key, max_bytes=MAX_HINT_BYTES)
+        except (KeyMissing, Corrupt):
+            return None
+
+
+def check_layout(store: Store, layout: Layout) -> None:
+    """Check that the store's layout is one we read.
+
+    Raises:
+        Corrupt: a newer layout, or not one at all.
+    """
+    try:
+        content = store.get(layout.layout)
+    except KeyMissing:
+        return
+    body = strict_json.load_object(content, key=layout.layout, max_bytes=MAX_HINT_BYTES)
+    if body.get("layout") != LAYOUT:
+        problem = f"store has layout {body.get('layout')!r}, this lorasync reads {LAYOUT}"
+        raise Corrupt(problem, op="read layout", key=layout.layout, hint="Upgrade lorasync, or use another URL")

@@ -1,0 +1,114 @@
+"""Where each object of an adapter lies below the store's URL. The one place that spells keys.
+
+{adapter}/layout.json                                                    written once
+{adapter}/epochs/{epoch:08d}.json                                        claim of a trainer's life
+{adapter}/data/{epoch:08d}-{number:012d}/{attempt}/...                   shards and rank records
+{adapter}/manifests/{epoch:08d}-{number:012d}.json                       THE commit
+{adapter}/LATEST                                                         overwritten hint
+{adapter}/trainer.json                                                   overwritten hint: the trainer's progress
+{adapter}/receipts/{epoch}-{number}/{node}.json                          a node serves the version, proven
+{adapter}/nodes/{node}.json                                              overwritten hint: a node's state
+{adapter}/trajectories/{epoch}-{number}/{node}-{life}-{sequence}.parquet
+{adapter}/evaluations/{epoch}-{number}/{node}.parquet                    held-out completions, by served version
+{adapter}/checkpoints/{epoch:08d}-{step:012d}/...                        the trainer's own state
+"""
+
+import re
+from dataclasses import dataclass
+
+from shared.errors import UsageError
+from shared.versions import ADAPTER_NAME, Version
+
+LAYOUT = 1
+
+_STEM = re.compile(r"(\d{8})-(\d{12})")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Keys of one adapter."""
+
+    adapter: str
+
+    def __post_init__(self) -> None:
+        if not ADAPTER_NAME.fullmatch(self.adapter):
+            hint = "Use letters, digits, dot, dash and underscore; at most 64"
+            raise UsageError(f"not an adapter name: {self.adapter!r}", key="store.adapter", hint=hint)
+
+    @property
+    def layout(self) -> str:
+        return f"{self.adapter}/layout.json"
+
+    @property
+    def epochs(self) -> str:
+        return f"{self.adapter}/epochs"
+
+    def epoch(self, epoch: int) -> str:
+        return f"{self.epochs}/{epoch:08d}.json"
+
+    @property
+    def manifests(self) -> str:
+        return f"{self.adapter}/manifests"
+
+    def manifest(self, version: Version) -> str:
+        return f"{self.manifests}/{stem(version)}.json"
+
+    def attempt(self, version: Version, attempt: str) -> str:
+        return f"{self.adapter}/data/{stem(version)}/{attempt}"
+
+    @property
+    def latest(self) -> str:
+        return f"{self.adapter}/LATEST"
+
+    @property
+    def trainer(self) -> str:
+        return f"{self.adapter}/trainer.json"
+
+    @property
+    def receipts(self) -> str:
+        return f"{self.adapter}/receipts"
+
+    def receipt(self, version: Version, node: str) -> str:
+        return f"{self.receipts}/{stem(version)}/{node}.json"
+
+    @property
+    def nodes(self) -> str:
+        return f"{self.adapter}/nodes"
+
+    def node(self, node: str) -> str:
+        return f"{self.nodes}/{node}.json"
+
+    def trajectories(self, version: Version) -> str:
+        return f"{self.adapter}/trajectories/{stem(version)}"
+
+    @property
+    def evaluations(self) -> str:
+        return f"{self.adapter}/evaluations"
+
+    def evaluation(self, version: Version, node: str) -> str:
+        return f"{self.evaluations}/{stem(version)}/{node}.parquet"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.adapter}/checkpoints"
+
+    def checkpoint(self, epoch: int, step: int) -> str:
+        return f"{self.checkpoints}/{epoch:08d}-{step:012d}"
+
+    @property
+    def probes(self) -> str:
+        return f"{self.adapter}/probes"
+
+
+def stem(version: Version) -> str:
+    """The sortable form of a version inside a key."""
+    return f"{version.epoch:08d}-{version.number:012d}"
+
+
+def version_of(key: str) -> Version | None:
+    """The version that a key below manifests/, receipts/, trajectories/ or evaluations/ is about."""
+    for part in key.split("/"):
+        match = _STEM.fullmatch(part.removesuffix(".json"))
+        if match:
+            return Version(int(match[1]), int(match[2]))
+    return None

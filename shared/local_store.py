@@ -1,0 +1,149 @@
+"""A directory as a store: local disks, NFS, Lustre, anything with atomic link and rename.
+
+Guards against: readers that see half a file (write aside, then link or rename), two winners of one name (`os.link`
+fails if the name exists, also on NFS), loss after power failure (file and directory are fsynced before the call
+returns). Temporary names start with a dot and are never listed.
+"""
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import unquote
+
+from shared.errors import KeyMissing, StoreError, UsageError
+from shared.store import Entry, Fetched, check_key
+
+Result = TypeVar("Result")
+
+_TRANSIENT = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+
+
+class LocalStore:
+    """See `shared.store.Store`."""
+
+    def __init__(self, url: str) -> None:
+        path = unquote(re.sub(r"^(file|local)://", "", url))
+        if not path:
+            raise UsageError("no path in the store URL", op="open store", key=url, hint="Write file:///path")
+        self.root = Path(path).expanduser().absolute()
+        self.url = f"file://{self.root}"
+
+    def get(self, key: str) -> bytes:
+        return _translated("get", key, self._path(key).read_bytes)
+
+    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+        def read() -> Fetched | None:
+            with self._path(key).open("rb") as file:
+                status = os.fstat(file.fileno())
+                now = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+                return None if now == tag else Fetched(file.read(), now)
+
+        return _translated("get", key, read)
+
+    def put(self, key: str, content: bytes) -> None:
+        def write() -> None:
+            path = self._path(key)
+            aside = self._write_aside(path, [content])
+            aside.replace(path)
+            _sync_directory(path.parent)
+
+        _translated("put", key, write)
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        def write() -> bool:
+            path = self._path(key)
+            aside = self._write_aside(path, [content])
+            try:
+                path.hardlink_to(aside)
+            except FileExistsError:
+                return path.read_bytes() == content
+            finally:
+                aside.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+            return True
+
+        return _translated("put if absent", key, write)
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        def write() -> None:
+            path = self._path(key)
+            aside = self._write_aside(path, chunks)
+            aside.replace(path)
+            _sync_directory(path.parent)
+
+        _translated("put", key, write)
+
+    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
+        file = _translated("get", key, lambda: self._path(key).open("rb"))
+        with file:
+            while part := _translated("get", key, lambda: file.read(part_bytes)):
+                yield part
+
+    def list(self, prefix: str) -> list[Entry]:
+        def walk() -> list[Entry]:
+            found = []
+            for folder, folders, files in os.walk(self._path(prefix)):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                for name in files:
+                    path = Path(folder) / name
+                    if name.startswith("."):
+                        continue
+                    try:
+                        size = path.stat().st_size
+                    except FileNotFoundError:  # deleted between the listing and the stat
+                        continue
+                    found.append(Entry(path.relative_to(self.root).as_posix(), size))
+            return sorted(found, key=lambda entry: entry.key)
+
+        return _translated("list", prefix, walk)
+
+    def delete(self, key: str) -> None:
+        _translated("delete", key, lambda: self._path(key).unlink(missing_ok=True))
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    @staticmethod
+    def _write_aside(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
+        """Write chunks to a hidden file in the same directory and fsync it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        try:
+            with aside.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        return aside
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _translated(op: str, key: str, call: Callable[[], Result]) -> Result:
+    """Run a call, letting out only the store's errors."""
+    try:
+        return call()
+    except FileNotFoundError as error:
+        raise KeyMissing("no such object", op=op, key=key) from error
+    except PermissionError as error:
+        raise StoreError(f"permission denied: {error.filename}", op=op, key=key, hint="Check owner and mode") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StoreError(
+                "no space left on the store", op=op, key=key, hint="Free room or lower retention"
+            ) from error
+        transient = error.errno in _TRANSIENT
+        raise StoreError(f"{error.strerror or error}", op=op, key=key, retryable=transient) from error

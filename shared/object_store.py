@@ -1,0 +1,244 @@
+"""Any fsspec filesystem as a store: s3, gs, az, memory and the rest.
+
+Guards against: two winners of one name (conditional writes of one small request; a multipart create lets every
+writer win on some servers), a reply that got lost (read back: same bytes means it was ours), listings and
+filesystem instances from a cache, errors of a dozen libraries (one type gets out).
+
+Retries happen here and nowhere else: bounded, jittered, and only around reads and writes that are safe to repeat
+(an object is written whole, and an exclusive write is read back).
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import fsspec
+
+from shared.errors import KeyMissing, StoreError, UsageError
+from shared.store import Entry, Fetched, check_key
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 4
+FIRST_WAIT_S = 0.2
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+
+_MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem checks and creates in two steps
+
+
+class ObjectStore:
+    """See `shared.store.Store`."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.url = url.rstrip("/")
+        self._scheme = url.split("://", 1)[0]
+        settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
+        if self._scheme in ("s3", "s3a"):
+            timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+            settings["config_kwargs"] = {
+                **timeouts,
+                "retries": {"max_attempts": 1},
+                **options.get("config_kwargs", {}),
+            }
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **settings)
+        except ImportError as error:
+            raise UsageError(
+                f"the package for {self._scheme}:// is not installed",
+                op="open store",
+                key=url,
+                hint=str(error),
+            ) from error
+        except (ValueError, TypeError) as error:
+            known = "file, s3, gs, az, memory"
+            raise UsageError(
+                f"cannot open {url}: {error}", op="open store", hint=f"Schemes in use here: {known}"
+            ) from error
+        self._root = self._root.rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        path = self._path(key)
+        return self._attempt("get", key, lambda: cast(bytes, self._fs.cat_file(path)))
+
+    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+        path = self._path(key)
+        conditional = self._get_if_none_match if self._scheme in ("s3", "s3a") else self._get_if_other_mark
+        return self._attempt("get", key, lambda: conditional(path, tag))
+
+    def put(self, key: str, content: bytes) -> None:
+        path = self._path(key)
+        self._attempt("put", key, lambda: self._fs.pipe_file(path, content))
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        path = self._path(key)
+
+        def write() -> bool:
+            try:
+                self._fs.pipe_file(path, content, mode="create")
+                return True
+            except Exception as error:
+                if not _says_exists(error):
+                    raise
+            return cast(bytes, self._fs.cat_file(path)) == content
+
+        def write_alone() -> bool:
+            with _MEMORY_LOCK:
+                return write()
+
+        return self._attempt("put if absent", key, write_alone if self._scheme == "memory" else write)
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        path = self._path(key)
+
+        def write() -> None:
+            with self._fs.open(path, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+
+        # Not retried as a whole: the chunks may be a generator. s3fs repeats its own parts.
+        self._attempt("put", key, write, attempts=1)
+
+    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
+        path, start = self._path(key), 0
+        size = self._attempt("get", key, lambda: int(self._fs.info(path)["size"]))
+        while start < size:
+            end = min(start + part_bytes, size)
+            part = self._attempt("get", key, lambda: cast(bytes, self._fs.cat_file(path, start=start, end=end)))
+            yield part
+            start = end
+
+    def list(self, prefix: str) -> list[Entry]:
+        path = self._path(prefix)
+
+        def find() -> list[Entry]:
+            try:
+                found = self._fs.find(path, detail=True)
+            except FileNotFoundError:
+                return []
+            cut = len(self._root) + 1
+            entries = [Entry(name[cut:], int(info["size"])) for name, info in found.items() if info["type"] == "file"]
+            return sorted(entries, key=lambda entry: entry.key)
+
+        return self._attempt("list", prefix, find)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+
+        def remove() -> None:
+            try:
+                self._fs.rm_file(path)
+            except FileNotFoundError:
+                return
+
+        self._attempt("delete", key, remove)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _get_if_none_match(self, path: str, tag: str) -> Fetched | None:
+        """S3's conditional GET: 304 comes as an exception."""
+        bucket, key, _ = self._fs.split_path(path)
+        condition = {"IfNoneMatch": tag} if tag else {}
+        try:
+            answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, **condition)
+        except Exception as error:
+            if _status(error) == 304:
+                return None
+            raise
+        body = fsspec.asyn.sync(self._fs.loop, answer["Body"].read)
+        return Fetched(cast(bytes, body), answer["ETag"])
+
+    def _get_if_other_mark(self, path: str, tag: str) -> Fetched | None:
+        """Elsewhere: compare what `info` says changes with the content, then read."""
+        info = self._fs.info(path)
+        marks = (info.get(k) for k in ("ETag", "etag", "generation", "md5Hash", "content_settings", "created", "mtime"))
+        now = "|".join(str(mark) for mark in (*marks, info["size"]) if mark is not None)
+        return None if now == tag else Fetched(cast(bytes, self._fs.cat_file(path)), now)
+
+    def _attempt(self, op: str, key: str, call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
+        """Run a repeatable call, retrying what may pass, letting out only the store's errors."""
+        for attempt in range(1, attempts + 1):
+            try:
+                return call()
+            except Exception as error:
+                translated = self._translate(op, key, error)
+                if not translated.retryable or attempt == attempts:
+                    raise translated from error
+                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _translate(self, op: str, key: str, error: Exception) -> StoreError:
+        chain = _chain(error)
+        names = {type(link).__name__ for link in chain}
+        codes = {_code(link) for link in chain}
+        text = str(error).strip() or type(error).__name__
+        if "NoSuchBucket" in codes:
+            bucket = self._root.split("/", 1)[0]
+            return StoreError(f"no bucket {bucket!r} in {self.url}", op=op, key=key, hint="Create it, or mend the URL")
+        if names & {"NoCredentialsError", "PartialCredentialsError"}:
+            hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or store.options key and secret"
+            return StoreError(f"no credentials for {self.url}", op=op, key=key, hint=hint)
+        if isinstance(error, PermissionError) or codes & {
+            "403",
+            "SignatureDoesNotMatch",
+            "InvalidAccessKeyId",
+        }:
+            return StoreError(
+                f"{self.url} refuses these credentials: {text}", op=op, key=key, hint="Check key and policy"
+            )
+        if isinstance(error, FileNotFoundError):
+            return KeyMissing("no such object", op=op, key=key)
+        passing = bool(
+            isinstance(error, TimeoutError | ConnectionError)
+            or names & {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientPayloadError"}
+            or names & {"ConnectionClosedError", "IncompleteRead", "ServerDisconnectedError", "ResponseStreamingError"}
+            or codes
+            & {
+                "InternalError",
+                "SlowDown",
+                "ServiceUnavailable",
+                "RequestTimeout",
+                "500",
+                "502",
+                "503",
+                "504",
+            }
+            or (_status(error) or 0) >= 500
+            or _status(error) == 409
+        )
+        hint = "Is the endpoint right and up?" if passing else ""
+        return StoreError(f"{self.url}: {text}", op=op, key=key, hint=hint, retryable=passing)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or link.__context__
+    return links
+
+
+def _response(error: BaseException) -> Mapping[str, Any]:
+    response = getattr(error, "response", None)
+    return response if isinstance(response, dict) else {}
+
+
+def _code(error: BaseException) -> str:
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def _status(error: BaseException) -> int | None:
+    for link in _chain(error):
+        status = _response(link).get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status is not None:
+            return int(status)
+    return None
+
+
+def _says_exists(error: Exception) -> bool:
+    """Whether an exclusive write was refused because the name is taken. (409 means "busy, try again" on S3.)"""
+    return isinstance(error, FileExistsError) or _status(error) == 412

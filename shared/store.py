@@ -1,0 +1,134 @@
+"""A store is a URL under which small objects are written at most once and large ones are written whole.
+
+Promises, for every scheme: `put_if_absent` has one winner; a reader never sees part of an object; a write that
+returned is durable; `list` sees every earlier write. `probe` tests them at start and refuses a store that cannot.
+Does not: lock, rename, watch (readers poll), keep anything but bytes.
+
+Keys are relative, `/`-separated, and checked: a key can't leave the store.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared.errors import StoreUnfit, UsageError
+
+MAX_KEY_LENGTH = 512  # characters
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@\-]*(/[A-Za-z0-9][A-Za-z0-9_.@\-]*)*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed object."""
+
+    key: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An object's bytes and the tag under which a later read may ask whether it changed."""
+
+    content: bytes
+    tag: str
+
+
+class Store(Protocol):
+    """What every scheme offers. All methods raise StoreError (KeyMissing for an absent key) and nothing else."""
+
+    url: str
+
+    def get(self, key: str) -> bytes:
+        """The whole object."""
+        ...
+
+    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+        """The object if its tag is another than `tag`, else None. One request."""
+        ...
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write or overwrite, whole and durable."""
+        ...
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        """Write only if the key is absent.
+
+        Returns:
+            True if the object now holds `content` (written now, or by an earlier try whose answer was lost);
+            False if another's bytes stand there.
+        """
+        ...
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a large object under a name that is never reused."""
+        ...
+
+    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
+        """The object in order, in parts of `part_bytes` (the last may be shorter)."""
+        ...
+
+    def list(self, prefix: str) -> list[Entry]:
+        """Every object below `prefix/`, in key order, read afresh."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; removing an absent one is no error."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return the key if it is safe to join to the store's root.
+
+    Raises:
+        UsageError: absolute, empty, with `..` or characters outside [A-Za-z0-9_.@-/].
+    """
+    if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
+        raise UsageError(f"not a key of the store: {key[:80]!r}", op="check key")
+    return key
+
+
+def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
+    """Open the store at a URL; nothing is read or written yet.
+
+    Args:
+        url: file:///path, /path, s3://bucket/prefix, gs://, az://, memory://, or any scheme that fsspec knows.
+        options: handed to the fsspec filesystem (endpoint_url, key, secret, ...). Without them the scheme's usual
+            environment applies (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+
+    Raises:
+        UsageError: unknown scheme, or the scheme's package is not installed.
+    """
+    scheme = url.split("://", 1)[0] if "://" in url else "file"
+    if scheme in ("file", "local"):
+        from shared.local_store import LocalStore
+
+        return LocalStore(url)
+    from shared.object_store import ObjectStore
+
+    return ObjectStore(url, options or {})
+
+
+def probe(store: Store, prefix: str) -> None:
+    """Test that the store keeps the protocol: put-if-absent twice, read back, list after put, delete.
+
+    Raises:
+        StoreUnfit: it does not.
+        StoreError: it can't be reached or refuses (missing bucket, wrong credentials).
+    """
+    key = f"{prefix}/probe-{uuid.uuid4().hex}"
+    hint = "Use a store with conditional writes (AWS S3, Ceph RGW, MinIO, GCS, Azure, a local or NFS path)"
+
+    def demand(holds: bool, promise: str) -> None:
+        if not holds:
+            raise StoreUnfit(f"{store.url} does not keep: {promise}", op="probe store", hint=hint)
+
+    try:
+        demand(store.put_if_absent(key, b"first"), "the first put-if-absent wins")
+        demand(not store.put_if_absent(key, b"second"), "put-if-absent never overwrites")
+        demand(store.get(key) == b"first", "an object reads back as it was written")
+        demand(any(e.key == key for e in store.list(prefix)), "a list sees every earlier write")
+    finally:
+        store.delete(key)

@@ -1,0 +1,42 @@
+"""JSON as the protocol writes and reads it: canonical bytes out; no surprises in.
+
+Canonical: UTF-8, keys sorted, no spaces, no NaN, so equal values give equal bytes on every host. Reading refuses
+duplicate keys, NaN and Infinity, nesting beyond the parser's depth, and more than `max_bytes`.
+"""
+
+import json
+from typing import Any
+
+from shared.errors import Corrupt
+
+
+def dumps(value: Any) -> bytes:
+    """Canonical bytes of a JSON value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def load_object(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        Corrupt: too large, not JSON, not an object, a duplicate key, NaN or Infinity, nested too deep.
+    """
+    if len(content) > max_bytes:
+        raise Corrupt(f"{len(content)} bytes, more than the {max_bytes} allowed", op="read json", key=key)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("duplicate key")
+        return found
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"not valid JSON: {error}", op="read json", key=key) from error
+    if not isinstance(value, dict):
+        raise Corrupt("not a JSON object", op="read json", key=key)
+    return value
