@@ -63,6 +63,8 @@ def read_base_config(path: str | Path) -> dict[str, Any]:
         raise Corrupt(f"config.json is not JSON: {error}", op="read base model", key=str(file)) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise Corrupt("config.json has no model_type", op="read base model", key=str(file))
+    if "num_local_experts" in config:  # transformers 5 saves num_experts of a Qwen3-MoE under this name
+        config.setdefault("num_experts", config["num_local_experts"])
     return config
 
 

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -106,8 +107,7 @@ class ObjectStore:
         size = self._attempt("get", key, lambda: int(self._fs.info(path)["size"]))
         while start < size:
             end = min(start + part_bytes, size)
-            part = self._attempt("get", key, lambda: cast(bytes, self._fs.cat_file(path, start=start, end=end)))
-            yield part
+            yield self._attempt("get", key, partial(self._read_range, path, start, end))
             start = end
 
     def list(self, prefix: str) -> list[Entry]:
@@ -134,6 +134,9 @@ class ObjectStore:
                 return
 
         self._attempt("delete", key, remove)
+
+    def _read_range(self, path: str, start: int, end: int) -> bytes:
+        return cast(bytes, self._fs.cat_file(path, start=start, end=end))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"

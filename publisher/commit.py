@@ -1,0 +1,177 @@
+"""The commit protocol: shard, then record, then, once every rank's record is there, the manifest. No collective.
+
+    rank r:  put data/{version}/{attempt}/rank-r.safetensors      durable before ...
+             put data/{version}/{attempt}/rank-r.json             ... its record says so
+             list the records; all of them there?  build the manifest from them, put it if absent
+             overwrite LATEST
+
+The manifest is a function of the records alone, so several ranks may race to put it: they write the same bytes.
+A death before the manifest leaves an attempt that no reader sees. A death after it leaves a stale LATEST, which the
+readers' listing makes good.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from publisher.epochs import Claim, demand_unfenced
+from publisher.shard import EncodedSlice, digest, shard_chunks
+from shared import strict_json
+from shared.adapter_files import peft_config
+from shared.base_model import BaseIdentity
+from shared.coverage import demand_complete
+from shared.errors import Corrupt, Fenced
+from shared.layout import Layout
+from shared.manifest import MAX_MANIFEST_BYTES, Canary, LoraShape, Manifest, Parent, Shard, Slice, Tensor
+from shared.peft_names import peft_target_modules
+from shared.store import Store
+from shared.versions import Version
+
+_RECORD = re.compile(r"rank-(\d{5})\.json")
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a version is, apart from its bytes: every rank holds the same (rank 0's training and canary count)."""
+
+    adapter: str
+    version: Version
+    parent: Parent | None
+    base: BaseIdentity
+    base_name: str
+    lora: LoraShape
+    parallel: Mapping[str, int]
+    encoding: str
+    training: Mapping[str, Any]
+    canary: Canary | None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that hold the adapter."""
+
+    index: int = 0
+    world: int = 1
+
+
+def put_shard(
+    store: Store,
+    layout: Layout,
+    claim: Claim,
+    heading: Heading,
+    rank: Rank,
+    pieces: Sequence[EncodedSlice],
+    aliases: Mapping[str, str],
+) -> None:
+    """Put this rank's shard and, when it is durable, its record. A lone rank without aliases puts a PEFT directory."""
+    attempt = layout.attempt(heading.version, claim.nonce)
+    stem = f"{attempt}/rank-{rank.index:05d}"
+    plain = rank.world == 1 and not aliases
+    key = f"{attempt}/adapter_model.safetensors" if plain else f"{stem}-of-{rank.world:05d}.safetensors"
+    store.put_stream(key, shard_chunks(pieces))
+    if rank.index == 0:
+        lora = heading.lora
+        targets = peft_target_modules(lora.targets)
+        config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=heading.base_name)
+        store.put(f"{attempt}/adapter_config.json", strict_json.dumps(config))
+    record = {
+        "rank": rank.index,
+        "world": rank.world,
+        "shard": asdict(digest(key, shard_chunks(pieces))),
+        "slices": [
+            {
+                "tensor": piece.tensor,
+                "name": piece.name,
+                "dtype": piece.dtype,
+                "shape": piece.shape,
+                "global_shape": piece.global_shape,
+                "offset": piece.offset,
+            }
+            for piece in pieces
+        ],
+        "aliases": dict(aliases),
+    }
+    store.put(f"{stem}.json", strict_json.dumps(record))
+
+
+def read_records(store: Store, layout: Layout, claim: Claim, version: Version) -> list[dict[str, Any]]:
+    """The records of an attempt that are there so far, in rank order."""
+    records = []
+    for entry in store.list(layout.attempt(version, claim.nonce)):
+        if _RECORD.fullmatch(entry.key.rsplit("/", 1)[-1]):
+            content = store.get(entry.key)
+            records.append(strict_json.load_object(content, key=entry.key, max_bytes=MAX_MANIFEST_BYTES))
+    return sorted(records, key=lambda record: int(record["rank"]))
+
+
+def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Manifest:
+    """The manifest that these records make: a pure function.
+
+    Raises:
+        Corrupt: two records disagree about a tensor.
+    """
+    kinds: dict[str, tuple[str, tuple[int, int]]] = {}
+    slices: dict[str, list[Slice]] = {}
+    aliases: dict[str, str] = {}
+    shards = []
+    for number, record in enumerate(records):
+        aliases.update(record["aliases"])
+        shards.append(Shard(**{**record["shard"], "parts": tuple(record["shard"]["parts"])}))
+        for piece in record["slices"]:
+            name, kind = piece["tensor"], (piece["dtype"], _pair(piece["global_shape"]))
+            if kinds.setdefault(name, kind) != kind:
+                raise Corrupt(f"ranks disagree about {name}", op="commit", version=str(heading.version))
+            where = Slice(number, piece["name"], _pair(piece["offset"]), _pair(piece["shape"]))
+            slices.setdefault(name, []).append(where)
+    return Manifest(
+        adapter=heading.adapter,
+        version=heading.version,
+        parent=heading.parent,
+        base=heading.base,
+        lora=heading.lora,
+        parallel=heading.parallel,
+        encoding=heading.encoding,
+        shards=tuple(shards),
+        tensors={name: Tensor(*kinds[name], tuple(pieces)) for name, pieces in slices.items()},
+        aliases=aliases,
+        training=heading.training,
+        canary=heading.canary,
+    )
+
+
+def commit(
+    store: Store,
+    layout: Layout,
+    claim: Claim,
+    heading: Heading,
+    world: int,
+    expected: Mapping[str, tuple[int, int]],
+) -> Manifest | None:
+    """Commit a version if every rank's record is there.
+
+    Returns:
+        The committed manifest, or None while records are missing.
+
+    Raises:
+        Fenced: a later epoch was claimed, or this version's name holds another life's manifest.
+        Corrupt: the version is not whole; nothing is committed.
+    """
+    records = read_records(store, layout, claim, heading.version)
+    if len(records) < world:
+        return None
+    manifest = build_manifest(heading, records).sealed()
+    demand_complete(manifest, expected)
+    demand_unfenced(store, layout, claim)
+    if not store.put_if_absent(layout.manifest(heading.version), manifest.to_bytes()):
+        raise Fenced(
+            f"{heading.version} is committed with other bytes", op="commit", key=layout.manifest(heading.version)
+        )
+    hint = {"epoch": heading.version.epoch, "version": heading.version.number, "digest": manifest.digest}
+    store.put(layout.latest, strict_json.dumps(hint))
+    return manifest
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    rows, columns = value
+    return rows, columns

@@ -1,0 +1,224 @@
+"""Publishing behind the step: the training thread hands over a copy, one background thread does the rest.
+
+    publisher = Publisher(store, claim, ...)
+    ...
+    publisher.submit(number, convert(base_config, named_lora(model)), training={"step": step}, canary=canary)
+    ...
+    publisher.close()             # waits for what was submitted; raises what went wrong
+
+What the step pays for: one copy of the adapter to host memory, and, when the queue of `queue_versions` is full because
+the store is slow, either the wait for a place ("wait") or nothing, and the version is never published ("skip"). Which
+of the two is the configuration's choice and is counted. A store that fails for a while is tried again until it
+answers; being fenced, or an adapter that is not whole or not finite, ends the publisher, and the next call says so.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from publisher.commit import Heading, Rank, commit, put_shard
+from publisher.convert import AdapterSlice
+from publisher.epochs import Claim
+from publisher.shard import encode, in_wire_order, wire_scale
+from shared.base_model import BaseIdentity, identify, read_base_config
+from shared.config import LoraConfig
+from shared.errors import LorasyncError, StoreError
+from shared.layout import Layout
+from shared.manifest import Canary, LoraShape, Manifest, Parent
+from shared.peft_names import expected_tensors
+from shared.store import Store
+from shared.versions import Version
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ALIAS_FROM_BYTES = 64 << 20  # below this a lone rank writes each name out, so that the stored version is plain PEFT
+RETRY_WAIT_S = 1.0
+RECORD_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one publication took, in seconds: the step's share (copy, wait for a place) and the rest behind it."""
+
+    version: Version
+    bytes: int
+    copy_s: float
+    wait_s: float
+    write_s: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    heading: Heading
+    slices: list[AdapterSlice]
+    copy_s: float
+    wait_s: float
+
+
+class Publisher:
+    """Publishes one adapter in one epoch. `submit` and `close` belong to the training thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        claim: Claim,
+        *,
+        base_path: str,
+        lora: LoraConfig,
+        parallel: Mapping[str, int],
+        parent: Manifest | None = None,
+        rank: Rank = Rank(),  # noqa: B008 - frozen
+        queue_versions: int = 1,
+        on_full_queue: Literal["wait", "skip"] = "wait",
+        record_timeout_s: float = 300.0,
+        on_published: Callable[[Published], None] = lambda _: None,
+    ) -> None:
+        self._store, self._layout, self._claim, self._rank = store, layout, claim, rank
+        self._lora, self._parallel, self._on_published = lora, dict(parallel), on_published
+        self._expected = expected_tensors(read_base_config(base_path), lora.targets, lora.rank)
+        self._order = {name: position for position, name in enumerate(self._expected)}
+        self._base: BaseIdentity = identify(base_path)
+        self._base_name = str(base_path).rstrip("/").rsplit("/", 1)[-1]
+        self._parent = Parent(parent.version, parent.digest) if parent else None
+        self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
+        self.skipped = 0
+        self._failure: LorasyncError | None = None
+        self._stopping = threading.Event()
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=queue_versions)
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        number: int,
+        slices: Iterable[AdapterSlice],
+        *,
+        training: Mapping[str, Any],
+        canary: Canary | None = None,
+    ) -> bool:
+        """Copy the adapter and queue it as version (epoch, number).
+
+        Args:
+            number: higher than any submitted before in this epoch.
+            slices: this rank's, from `publisher.convert.convert`; views of live parameters, copied before returning.
+            training: JSON for the manifest (step, metrics, ...). `submitted_at` (Unix seconds) is added.
+            canary: the trainer's own log-probabilities under exactly this adapter.
+
+        Returns:
+            False if the queue was full and the policy is to skip.
+
+        Raises:
+            LorasyncError: what ended an earlier publication (Fenced, Corrupt, StoreError).
+        """
+        self._raise_failure()
+        if self._on_full == "skip" and self._jobs.full():
+            self.skipped += 1
+            log.warning("publisher: queue full, skipped number=%d skipped=%d", number, self.skipped)
+            return False
+        started = time.monotonic()
+        copies = _copy(slices)
+        copied = time.monotonic()
+        _, wire_alpha = wire_scale(self._lora.rank, self._lora.alpha)
+        heading = Heading(
+            adapter=self._layout.adapter,
+            version=Version(self._claim.epoch, number),
+            parent=None,
+            base=self._base,
+            base_name=self._base_name,
+            lora=LoraShape(self._lora.rank, self._lora.alpha, wire_alpha, self._lora.targets),
+            parallel=self._parallel,
+            encoding=self._lora.encoding,
+            training={**training, "submitted_at": time.time()},
+            canary=canary,
+        )
+        job = _Job(heading, copies, copied - started, 0.0)
+        while True:
+            try:
+                self._jobs.put(replace(job, wait_s=time.monotonic() - copied), timeout=RECORD_POLL_S)
+                return True
+            except queue.Full:
+                self._raise_failure()
+
+    def close(self, *, abandon: bool = False) -> None:
+        """Publish what is queued, stop, and raise what went wrong.
+
+        Args:
+            abandon: drop what is queued instead, and don't wait for a store that fails.
+        """
+        if abandon:
+            self._stopping.set()
+        while self._thread.is_alive():
+            try:
+                self._jobs.put(None, timeout=RECORD_POLL_S)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        if not abandon:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._stopping.is_set():
+            try:
+                self._publish(job)
+            except LorasyncError as error:
+                self._failure = error
+                return
+            except Exception as error:
+                self._failure = LorasyncError(f"{error!r}", op="publish", version=str(job.heading.version))
+                self._failure.__cause__ = error
+                return
+
+    def _publish(self, job: _Job) -> None:
+        """Encode and commit one version, outlasting a store that fails for a while."""
+        started = time.monotonic()
+        heading = replace(job.heading, parent=self._parent)
+        lora, world = self._lora, self._rank.world
+        item_bytes = 2 if lora.encoding == "bf16" else 4
+        size = sum(rows * columns for rows, columns in self._expected.values()) * item_bytes
+        aliases = world > 1 or size >= ALIAS_FROM_BYTES
+        pieces, alias_of = encode(job.slices, rank=lora.rank, alpha=lora.alpha, encoding=lora.encoding, aliases=aliases)
+        pieces = in_wire_order(pieces, self._order)
+        self._until_store_answers(
+            lambda: put_shard(self._store, self._layout, self._claim, heading, self._rank, pieces, alias_of)
+        )
+        deadline = time.monotonic() + self._record_timeout_s
+        while True:
+            manifest = self._until_store_answers(
+                lambda: commit(self._store, self._layout, self._claim, heading, world, self._expected)
+            )
+            if manifest is not None:
+                break
+            if time.monotonic() > deadline:
+                raise StoreError(f"not all of {world} ranks put a record", op="commit", version=str(heading.version))
+            self._stopping.wait(RECORD_POLL_S)
+        self._parent = Parent(manifest.version, manifest.digest)
+        seconds = time.monotonic() - started
+        log.info("published version=%s bytes=%d seconds=%.3f", manifest.version, manifest.size, seconds)
+        self._on_published(Published(manifest.version, manifest.size, job.copy_s, job.wait_s, seconds))
+
+    def _until_store_answers(self, call: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                return call()
+            except StoreError as error:
+                if not error.retryable or self._stopping.is_set():
+                    raise
+                log.warning("publisher: store failed, trying again: %s", error)
+                self._stopping.wait(RETRY_WAIT_S)
+
+
+def _copy(slices: Iterable[AdapterSlice]) -> list[AdapterSlice]:
+    """Detach slices from the live parameters: every slice's values in host memory, by the time this returns."""
+    return [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in slices]

@@ -1,0 +1,124 @@
+"""From the store to a plain PEFT directory on disk, every byte checked before anyone can load it.
+
+Order of trust: the manifest's own digest, then its names and shapes against the base model, then each part of each
+shard as it streams, then the shards' headers and every value's finiteness (`shared.assemble`). The directory appears
+under its final name only when all of that held; until then it is a hidden sibling.
+
+The result needs nothing of ours: adapter_model.safetensors and adapter_config.json, which vLLM and PEFT load.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shared import strict_json
+from shared.adapter_files import peft_config
+from shared.assemble import assemble
+from shared.coverage import demand_complete
+from shared.errors import Corrupt, StoreError
+from shared.manifest import PART_BYTES, Manifest, Shard
+from shared.peft_names import peft_target_modules
+from shared.store import Store
+
+WEIGHTS, CONFIG, MANIFEST, DIGEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json", "sha256"
+FREE_SPACE_FACTOR = 2.2  # shards and the assembled file side by side
+
+Shape = tuple[int, int]
+
+
+def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], directory: Path, *, base_name: str) -> Path:
+    """Download, verify and assemble a version.
+
+    Args:
+        expected: every tensor's shape by the local base model, in wire order.
+        directory: where the PEFT directory shall stand. One that stands there already and still has its digest is
+            kept; a damaged one is replaced.
+        base_name: for adapter_config.json.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        Corrupt: a check failed; nothing is left under `directory`.
+        KeyMissing: a shard is gone: the version expired, look for a newer one.
+        StoreError: the store failed, or the local disk has no room.
+    """
+    if _intact(directory, manifest):
+        return directory
+    demand_complete(manifest, expected)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _demand_room(manifest, directory.parent)
+    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    aside.mkdir()
+    try:
+        shards = [download(store, shard, aside / f"shard-{n}") for n, shard in enumerate(manifest.shards)]
+        with (aside / WEIGHTS).open("xb") as file:
+            digest = assemble(manifest, shards, expected, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for path in shards:
+            path.unlink()
+        lora = manifest.lora
+        targets = peft_target_modules(lora.targets)
+        config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=base_name)
+        (aside / CONFIG).write_bytes(strict_json.dumps(config))
+        (aside / MANIFEST).write_bytes(manifest.to_bytes())
+        (aside / DIGEST).write_text(digest)
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return directory
+
+
+def download(store: Store, shard: Shard, path: Path) -> Path:
+    """Download one shard, verifying part by part.
+
+    Raises:
+        Corrupt: the first part whose bytes do not match, or a wrong size.
+        KeyMissing, StoreError: as the store says.
+    """
+    with path.open("xb") as file:
+        for part in verified_parts(store, shard):
+            file.write(part)
+    return path
+
+
+def verified_parts(store: Store, shard: Shard) -> Iterator[bytes]:
+    """A shard's parts, each yielded only after its digest matched.
+
+    Raises:
+        Corrupt: a part that does not match, too few or too many bytes.
+    """
+    whole, size = hashlib.sha256(), 0
+    for number, part in enumerate(store.read_parts(shard.key, PART_BYTES)):
+        if number >= len(shard.parts) or hashlib.sha256(part).hexdigest() != shard.parts[number]:
+            raise Corrupt(f"part {number} does not match its digest", op="verify shard", key=shard.key)
+        whole.update(part)
+        size += len(part)
+        yield part
+    if size != shard.size or whole.hexdigest() != shard.sha256:
+        raise Corrupt(f"{size} bytes that do not match size and digest", op="verify shard", key=shard.key)
+
+
+def _demand_room(manifest: Manifest, directory: Path) -> None:
+    free, needed = shutil.disk_usage(directory).free, int(manifest.size * FREE_SPACE_FACTOR)
+    if free < needed:
+        problem = f"{free >> 20} MiB free, {needed >> 20} MiB needed"
+        raise StoreError(problem, op="fetch", key=str(directory), hint="Free room, or set rollout.cache_dir elsewhere")
+
+
+def _intact(directory: Path, manifest: Manifest) -> bool:
+    """Whether a directory of an earlier life still holds this manifest and the bytes that it was given."""
+    try:
+        digest = hashlib.sha256()
+        with (directory / WEIGHTS).open("rb") as file:
+            while chunk := file.read(PART_BYTES):
+                digest.update(chunk)
+        same = (directory / MANIFEST).read_bytes() == manifest.to_bytes()
+        return same and (directory / DIGEST).read_text() == digest.hexdigest()
+    except OSError:
+        return False
