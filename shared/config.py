@@ -108,7 +108,6 @@ class RolloutConfig:
     groups_per_request: int = 8
     max_concurrent_groups: int = 32
     heldout_limit: int = 512
-    keep_loaded: int = 2
     quarantine_after: int = 3
     seed: int = 0
 
