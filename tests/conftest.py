@@ -1,8 +1,13 @@
 """Fixtures that several modules share; expensive ones are made once a session."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+# PyPI builds these three for CUDA, which breaks `import transformers` beside a CPU torch (rollout/vllm_launch.py).
+for _name in ("torchvision", "torchaudio", "torchcodec"):
+    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
