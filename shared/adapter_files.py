@@ -20,6 +20,8 @@ from shared.errors import Corrupt
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 MAX_TENSORS = 200_000
+MAX_FILE_BYTES = 1 << 50
+MAX_DIMENSIONS = 8
 ALIGN_BYTES = 8
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -90,10 +92,12 @@ def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed
     demand(length <= MAX_HEADER_BYTES, f"header of {length} bytes, more than {MAX_HEADER_BYTES}")
     demand(len(head) >= 8 + length, "truncated inside the header")
     header = strict_json.load_object(head[8 : 8 + length], key=key, max_bytes=MAX_HEADER_BYTES)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    holds_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    demand(holds_text, "__metadata__ is not a table of strings")
     demand(len(header) <= MAX_TENSORS, f"{len(header)} tensors, more than {MAX_TENSORS}")
     placed = [_place(name, entry, key) for name, entry in header.items()]
-    placed.sort(key=lambda tensor: tensor.start)
+    placed.sort(key=lambda tensor: (tensor.start, tensor.end))
     end = 0
     for tensor in placed:
         demand(tensor.start == end, f"gap or overlap before tensor {tensor.spec.name[:80]!r}")
@@ -106,9 +110,10 @@ def _place(name: str, entry: Any, key: str) -> Placed:
     """Check one header entry."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = (*shape, start, end)
-        if dtype not in ITEM_BYTES or any(type(n) is not int or n < 0 for n in numbers) or len(shape) > 8:
-            raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
+        if dtype not in ITEM_BYTES or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ValueError("an unknown dtype, or a shape that is none")
+        if any(type(number) is not int or not 0 <= number <= MAX_FILE_BYTES for number in (*shape, start, end)):
+            raise ValueError("a size or offset out of range")
     except (KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"bad entry for tensor {name[:80]!r}: {error}", op="read safetensors header", key=key) from error
     spec = TensorSpec(name, dtype, tuple(shape))

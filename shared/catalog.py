@@ -41,8 +41,8 @@ class Catalog:
             return None
         try:
             body = strict_json.load_object(fetched.content, key=self.layout.latest, max_bytes=MAX_HINT_BYTES)
-            return Version(int(body["epoch"]), int(body["version"])), fetched.tag
-        except (Corrupt, KeyError, TypeError, ValueError):
+            return Version.parse(f"{body['epoch']}-{body['version']}"), fetched.tag
+        except (Corrupt, KeyError, UsageError):
             return None, fetched.tag
 
     def versions(self) -> list[Version]:
@@ -78,7 +78,7 @@ class Catalog:
         versions = self.versions()
         if text == "latest" and versions:
             return versions[-1]
-        if text.isdigit():
+        if text.isdecimal():
             match = [version for version in versions if version.number == int(text)]
         else:
             match = [version for version in versions if text != "latest" and version == Version.parse(text)]

@@ -78,8 +78,12 @@ class Layout:
     def node(self, node: str) -> str:
         return f"{self.nodes}/{node}.json"
 
+    @property
+    def all_trajectories(self) -> str:
+        return f"{self.adapter}/trajectories"
+
     def trajectories(self, version: Version) -> str:
-        return f"{self.adapter}/trajectories/{stem(version)}"
+        return f"{self.all_trajectories}/{stem(version)}"
 
     @property
     def evaluations(self) -> str:
@@ -107,7 +111,7 @@ def stem(version: Version) -> str:
 
 def version_of(key: str) -> Version | None:
     """The version that a key below manifests/, receipts/, trajectories/ or evaluations/ is about."""
-    for part in key.split("/"):
+    for part in key.split("/")[2:]:
         match = _STEM.fullmatch(part.removesuffix(".json"))
         if match:
             return Version(int(match[1]), int(match[2]))

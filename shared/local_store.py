@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from shared.errors import KeyMissing, StoreError, UsageError
+from shared.errors import KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.store import Entry, Fetched, check_key
 
 Result = TypeVar("Result")
 
 _TRANSIENT = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LocalStore:
     """See `shared.store.Store`."""
 
     def __init__(self, url: str) -> None:
-        path = unquote(re.sub(r"^(file|local)://", "", url))
+        scheme = re.match(r"(file|local)://", url)
+        path = unquote(url[scheme.end() :]) if scheme else url
         if not path:
             raise UsageError("no path in the store URL", op="open store", key=url, hint="Write file:///path")
         self.root = Path(path).expanduser().absolute()
-        self.url = f"file://{self.root}"
+        self.url = self.root.as_uri()
 
     def get(self, key: str) -> bytes:
         return _translated("get", key, self._path(key).read_bytes)
@@ -61,6 +63,12 @@ class LocalStore:
                 path.hardlink_to(aside)
             except FileExistsError:
                 return path.read_bytes() == content
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                hint = "Use a path on a file system with hard links, or an object store"
+                problem = "the file system has no hard links, so a commit could be overwritten"
+                raise StoreUnfit(problem, op="put if absent", key=key, hint=hint) from error
             finally:
                 aside.unlink(missing_ok=True)
             _sync_directory(path.parent)
@@ -86,7 +94,7 @@ class LocalStore:
     def list(self, prefix: str) -> list[Entry]:
         def walk() -> list[Entry]:
             found = []
-            for folder, folders, files in os.walk(self._path(prefix)):
+            for folder, folders, files in os.walk(self._path(prefix), onerror=_unless_gone):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in files:
                     path = Path(folder) / name
@@ -110,7 +118,7 @@ class LocalStore:
     @staticmethod
     def _write_aside(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
         """Write chunks to a hidden file in the same directory and fsync it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
         try:
             with aside.open("xb") as file:
@@ -122,6 +130,20 @@ class LocalStore:
             aside.unlink(missing_ok=True)
             raise
         return aside
+
+
+def _unless_gone(error: OSError) -> None:
+    """A directory that isn't there, or no longer, holds nothing; any other failure must not look like that."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory whose name survives a power failure, and its parents."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:
@@ -138,6 +160,9 @@ def _translated(op: str, key: str, call: Callable[[], Result]) -> Result:
         return call()
     except FileNotFoundError as error:
         raise KeyMissing("no such object", op=op, key=key) from error
+    except (IsADirectoryError, NotADirectoryError) as error:  # a key above or below an object's
+        missing = KeyMissing("no such object", op=op, key=key)
+        raise (missing if op == "get" else StoreError(str(error), op=op, key=key)) from error
     except PermissionError as error:
         raise StoreError(f"permission denied: {error.filename}", op=op, key=key, hint="Check owner and mode") from error
     except OSError as error:

@@ -20,7 +20,8 @@ from shared.layout import LAYOUT
 from shared.store import check_key
 from shared.versions import Version
 
-MAX_MANIFEST_BYTES = 128_000_000
+MAX_MANIFEST_BYTES = 100_000_000  # a single request on every store: multipart creates race
+MAX_COUNT = 1 << 50
 PART_BYTES = 16 << 20  # each part of a shard has a digest of its own, so a download is verified as it streams
 
 
@@ -141,47 +142,60 @@ class Manifest:
         if body.get("layout") != LAYOUT:
             hint = f"This lorasync reads layout {LAYOUT}; upgrade the reader"
             raise Corrupt(f"manifest of layout {body.get('layout')!r}", op="read manifest", key=key, hint=hint)
-        digest = hashlib.sha256(strict_json.dumps(body)).hexdigest()
-        if claimed != digest:
-            raise Corrupt("manifest does not match its own digest", op="read manifest", key=key)
         try:
+            digest = hashlib.sha256(strict_json.dumps(body)).hexdigest()
+            if claimed != digest:
+                raise Corrupt("manifest does not match its own digest", op="read manifest", key=key)
             manifest = _from_body(body)
-        except (LookupError, TypeError, ValueError, AttributeError, LorasyncError) as error:
+        except Corrupt:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, LorasyncError) as error:
             raise Corrupt(f"malformed manifest: {error!r}", op="read manifest", key=key) from error
         return replace(manifest, digest=digest)
 
 
 def _from_body(body: Mapping[str, Any]) -> Manifest:
     shards = tuple(
-        Shard(check_key(s["key"]), _size(s["size"]), str(s["sha256"]), tuple(s["parts"])) for s in body["shards"]
+        Shard(check_key(s["key"]), _size(s["size"]), _text(s["sha256"]), tuple(_text(part) for part in s["parts"]))
+        for s in body["shards"]
     )
     tensors = {}
     for name, entry in body["tensors"].items():
         if entry["dtype"] not in ITEM_BYTES:
             raise ValueError(f"dtype {entry['dtype']!r} of {name}")
         slices = tuple(
-            Slice(_size(s["shard"]), str(s["name"]), _pair(s["offset"]), _pair(s["shape"])) for s in entry["slices"]
+            Slice(_size(s["shard"]), _text(s["name"]), _pair(s["offset"]), _pair(s["shape"])) for s in entry["slices"]
         )
         if any(s.shard >= len(shards) for s in slices):
             raise ValueError(f"{name} lies in a shard that is not listed")
         tensors[name] = Tensor(entry["dtype"], _pair(entry["shape"]), slices)
     if any(target not in tensors for target in body["aliases"].values()):
         raise ValueError("an alias points at no tensor")
-    parent, canary, lora = body["parent"], body["canary"], body["lora"]
+    parent, canary, base, lora = body["parent"], body["canary"], body["base"], body["lora"]
     return Manifest(
-        adapter=str(body["adapter"]),
+        adapter=_text(body["adapter"]),
         version=Version(_size(body["epoch"]), _size(body["version"])),
-        parent=Parent(Version(_size(parent["epoch"]), _size(parent["version"])), parent["digest"]) if parent else None,
-        base=BaseIdentity(**body["base"]),
-        lora=LoraShape(**{**lora, "targets": tuple(lora["targets"])}),
-        parallel=dict(body["parallel"]),
-        encoding=str(body["encoding"]),
+        parent=_parent(parent) if parent else None,
+        base=BaseIdentity(_text(base["model_type"]), _text(base["config_sha256"]), _text(base["weights_sha256"])),
+        lora=LoraShape(
+            rank=_size(lora["rank"]),
+            alpha=_size(lora["alpha"]),
+            wire_alpha=_size(lora["wire_alpha"]),
+            targets=tuple(_text(target) for target in lora["targets"]),
+            expert_layout=_text(lora["expert_layout"]),
+        ),
+        parallel={name: _size(degree) for name, degree in body["parallel"].items()},
+        encoding=_text(body["encoding"]),
         shards=shards,
         tensors=tensors,
         aliases=dict(body["aliases"]),
         training=dict(body["training"]),
         canary=_canary(canary) if canary else None,
     )
+
+
+def _parent(body: Mapping[str, Any]) -> Parent:
+    return Parent(Version(_size(body["epoch"]), _size(body["version"])), _text(body["digest"]))
 
 
 def _canary(body: Mapping[str, Any]) -> Canary:
@@ -193,8 +207,14 @@ def _canary(body: Mapping[str, Any]) -> Canary:
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"not a count: {value!r}")
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError("a count that is none")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text that is none")
     return value
 
 

@@ -23,6 +23,7 @@ from shared.store import Entry, Fetched, check_key
 Result = TypeVar("Result")
 
 ATTEMPTS = 4
+MAX_EXCLUSIVE_BYTES = 100_000_000  # of one conditional request; s3fs would cut more into a multipart create
 FIRST_WAIT_S = 0.2
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
@@ -35,7 +36,10 @@ class ObjectStore:
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
-        self._scheme = url.split("://", 1)[0]
+        self._scheme, _, path = url.partition("://")
+        if self._scheme != "memory" and not path.strip("/"):
+            hint = f"Write {self._scheme}://bucket/prefix"
+            raise UsageError("no bucket in the store URL", op="open store", key=url, hint=hint)
         settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
         if self._scheme in ("s3", "s3a"):
             timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
@@ -75,6 +79,9 @@ class ObjectStore:
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
         path = self._path(key)
+        if len(content) > MAX_EXCLUSIVE_BYTES:
+            problem = f"{len(content)} bytes, more than the {MAX_EXCLUSIVE_BYTES} of one conditional request"
+            raise StoreError(problem, op="put if absent", key=key)
 
         def write() -> bool:
             try:
@@ -95,9 +102,18 @@ class ObjectStore:
         path = self._path(key)
 
         def write() -> None:
-            with self._fs.open(path, "wb") as file:
+            if self._scheme == "memory":  # whose files are seen while they are written
+                self._fs.pipe_file(path, b"".join(chunks))
+                return
+            file = self._fs.open(path, "wb")
+            try:
                 for chunk in chunks:
                     file.write(chunk)
+            except BaseException:
+                file.discard()
+                file.closed = True  # or its destructor would write what there is
+                raise
+            file.close()
 
         # Not retried as a whole: the chunks may be a generator. s3fs repeats its own parts.
         self._attempt("put", key, write, attempts=1)
@@ -117,10 +133,13 @@ class ObjectStore:
             try:
                 found = self._fs.find(path, detail=True)
             except FileNotFoundError:
-                return []
+                found = {}
+            if not found and self._scheme in ("s3", "s3a"):  # s3fs tells a missing bucket as an empty one
+                bucket, below, _ = self._fs.split_path(path)
+                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{below}/", MaxKeys=1)
             cut = len(self._root) + 1
-            entries = [Entry(name[cut:], int(info["size"])) for name, info in found.items() if info["type"] == "file"]
-            return sorted(entries, key=lambda entry: entry.key)
+            files = {name: info for name, info in found.items() if info["type"] == "file" and name != path}
+            return sorted((Entry(name[cut:], int(info["size"])) for name, info in files.items()), key=_by_key)
 
         return self._attempt("list", prefix, find)
 
@@ -196,7 +215,14 @@ class ObjectStore:
             return KeyMissing("no such object", op=op, key=key)
         passing = bool(
             isinstance(error, TimeoutError | ConnectionError)
-            or names & {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientPayloadError"}
+            or names
+            & {
+                "HTTPClientError",
+                "EndpointConnectionError",
+                "ConnectTimeoutError",
+                "ReadTimeoutError",
+                "ClientPayloadError",
+            }
             or names & {"ConnectionClosedError", "IncompleteRead", "ServerDisconnectedError", "ResponseStreamingError"}
             or codes
             & {
@@ -214,6 +240,10 @@ class ObjectStore:
         )
         hint = "Is the endpoint right and up?" if passing else ""
         return StoreError(f"{self.url}: {text}", op=op, key=key, hint=hint, retryable=passing)
+
+
+def _by_key(entry: Entry) -> str:
+    return entry.key
 
 
 def _chain(error: BaseException) -> list[BaseException]:

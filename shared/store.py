@@ -7,13 +7,14 @@ Does not: lock, rename, watch (readers poll), keep anything but bytes.
 Keys are relative, `/`-separated, and checked: a key can't leave the store.
 """
 
+import contextlib
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shared.errors import StoreUnfit, UsageError
+from shared.errors import StoreError, StoreUnfit, UsageError
 
 MAX_KEY_LENGTH = 512  # characters
 
@@ -125,10 +126,12 @@ def probe(store: Store, prefix: str) -> None:
         if not holds:
             raise StoreUnfit(f"{store.url} does not keep: {promise}", op="probe store", hint=hint)
 
+    demand(store.put_if_absent(key, b"first"), "the first put-if-absent wins")
     try:
-        demand(store.put_if_absent(key, b"first"), "the first put-if-absent wins")
         demand(not store.put_if_absent(key, b"second"), "put-if-absent never overwrites")
         demand(store.get(key) == b"first", "an object reads back as it was written")
         demand(any(e.key == key for e in store.list(prefix)), "a list sees every earlier write")
+        demand(store.get_if_changed(key, "") is not None, "a conditional read of another tag gives the object")
     finally:
-        store.delete(key)
+        with contextlib.suppress(StoreError):  # what went wrong above matters more than a leftover
+            store.delete(key)

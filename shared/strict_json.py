@@ -1,10 +1,12 @@
 """JSON as the protocol writes and reads it: canonical bytes out; no surprises in.
 
 Canonical: UTF-8, keys sorted, no spaces, no NaN, so equal values give equal bytes on every host. Reading refuses
-duplicate keys, NaN and Infinity, nesting beyond the parser's depth, and more than `max_bytes`.
+duplicate keys, NaN, Infinity and numbers too large for a double, lone surrogates, nesting beyond the parser's depth,
+and more than `max_bytes`.
 """
 
 import json
+import math
 from typing import Any
 
 from shared.errors import Corrupt
@@ -33,8 +35,18 @@ def load_object(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text[:40]} is too large")
+        return number
+
     try:
-        value = json.loads(content.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(
+            content.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite
+        )
+        if b"\\u" in content:  # an escape may spell half a surrogate pair, which no UTF-8 can
+            dumps(value)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"not valid JSON: {error}", op="read json", key=key) from error
     if not isinstance(value, dict):

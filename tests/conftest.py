@@ -1,9 +1,11 @@
 """Fixtures that several modules share; expensive ones are made once a session."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server, running
 
 # PyPI builds these three for CUDA, which breaks `import transformers` beside a CPU torch (rollout/vllm_launch.py).
 for _name in ("torchvision", "torchaudio", "torchcodec"):
@@ -16,3 +18,10 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny_hf"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server on loopback, in a process of its own."""
+    with running() as server:
+        yield server

@@ -1,0 +1,189 @@
+"""A real S3 server on loopback, for tests and for trying s3:// by hand: moto, its conditional writes made race-free.
+
+    python -m tests.s3_server --port 5005 --bucket lorasync
+
+moto looks whether a key exists and writes it in two steps; here one lock surrounds both. Requests must be signed by
+the key that the server was started with. Two faults can be switched on: replies to writes that get lost after the
+write was done, and requests refused for a while.
+
+In tests, `running()` starts it as a process of its own and returns when it answers.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+ACCESS_KEY, SECRET_KEY = "lorasync", "lorasync-secret"
+START_TIMEOUT_S = 60.0
+POLL_S = 0.05
+CONTROL = "/__control__"
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server."""
+
+    endpoint: str
+    bucket: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `shared.store.open_store`."""
+        return {"endpoint_url": self.endpoint, "key": ACCESS_KEY, "secret": SECRET_KEY}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach the server by the usual environment."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        }
+
+    def url(self, prefix: str) -> str:
+        return f"s3://{self.bucket}/{prefix}"
+
+    def lose_replies(self, count: int) -> None:
+        """Carry out the next conditional writes and answer 500."""
+        self._control(f"lose={count}")
+
+    def refuse(self, count: int) -> None:
+        """Answer 503 to the next requests without doing anything."""
+        self._control(f"refuse={count}")
+
+    def _control(self, rule: str) -> None:
+        with urllib.request.urlopen(f"{self.endpoint}{CONTROL}?{rule}", timeout=10) as answer:
+            assert answer.status == 200
+
+
+@contextlib.contextmanager
+def running(bucket: str = "lorasync") -> Iterator[S3Server]:
+    """Start a server on a free port; stop it at the end."""
+    port = _free_port()
+    command = [sys.executable, str(Path(__file__).resolve()), "--port", str(port), "--bucket", bucket]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = S3Server(f"http://127.0.0.1:{port}", bucket, process)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _answers(server.endpoint):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the S3 server did not start (exit code {process.poll()})")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{endpoint}{CONTROL}", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Faulty:
+    """WSGI: moto's S3 behind one lock for conditional writes, a check of the access key, and the two faults."""
+
+    def __init__(self, moto: Callable[[Environ, StartResponse], Iterable[bytes]]) -> None:
+        self._moto, self._lock = moto, threading.Lock()
+        self._left = {"lose": 0, "refuse": 0}
+
+    def __call__(self, environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == CONTROL:
+            for name, values in parse_qs(environ["QUERY_STRING"]).items():
+                self._left[name] = int(values[0])
+            start("200 OK", [("Content-Length", "0")])
+            return []
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if environ.get("HTTP_TRANSFER_ENCODING", "") != "chunked":
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))  # outside the lock
+        if self._spend("refuse"):
+            return _error(environ, start, "503 Service Unavailable", "ServiceUnavailable")
+        if f"Credential={ACCESS_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
+            return _error(environ, start, "403 Forbidden", "InvalidAccessKeyId")
+        if environ["REQUEST_METHOD"] not in ("PUT", "POST") or "HTTP_IF_NONE_MATCH" not in environ:
+            return self._moto(environ, start)
+        answers: list[tuple[Any, ...]] = []
+        with self._lock:
+            body = b"".join(self._moto(environ, lambda *answer: answers.append(answer)))
+        if self._spend("lose"):
+            return _error(environ, start, "500 Internal Server Error", "InternalError")
+        start(*answers[0])
+        return [body]
+
+    def _spend(self, fault: str) -> bool:
+        with self._lock:
+            if self._left[fault] <= 0:
+                return False
+            self._left[fault] -= 1
+            return True
+
+
+def _error(environ: Environ, start: StartResponse, status: str, code: str) -> Iterable[bytes]:
+    body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+    start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+def serve(port: int, bucket: str) -> None:
+    """Serve until the process is stopped; the bucket exists from the start."""
+    # moto makes the bucket through boto3, in this process, before the first request.
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    from moto.s3.models import s3_backends
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log(self, *_: Any) -> None:
+            pass
+
+    s3_backends["123456789012"]["aws"].create_bucket(bucket, "us-east-1")
+    application = Faulty(DomainDispatcherApplication(create_backend_app))
+    make_server("127.0.0.1", port, application, threaded=True, request_handler=Quiet).serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An S3 server on loopback, forgotten when it stops.")
+    parser.add_argument("--port", type=int, default=5005)
+    parser.add_argument("--bucket", default="lorasync")
+    options = parser.parse_args()
+    print(
+        f"S3 on http://127.0.0.1:{options.port}, bucket {options.bucket}. In the other terminal:\n"
+        f"export AWS_ENDPOINT_URL=http://127.0.0.1:{options.port} AWS_ACCESS_KEY_ID={ACCESS_KEY} "
+        f"AWS_SECRET_ACCESS_KEY={SECRET_KEY}",
+        flush=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(options.port, options.bucket)
+
+
+if __name__ == "__main__":
+    main()
