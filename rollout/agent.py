@@ -12,23 +12,20 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from rollout.delivery import Delivery
 from rollout.engine import Engine
-from rollout.proof import Proof, Rows, canary_sequences, prove
 from rollout.router import Router
 from rollout.watch import Watcher
 from shared import strict_json
-from shared.base_model import BaseIdentity
 from shared.catalog import Catalog
 from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError, StoreError
-from shared.fetch import fetch
 from shared.manifest import Manifest
-from shared.peft_names import expected_tensors
-from shared.versions import Version, served_name
+from shared.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -64,20 +61,6 @@ def decide(seen: Seen) -> Action:
     return Action.WAIT
 
 
-@dataclass(frozen=True)
-class Node:
-    """Who and where this node is. `base_name` is the engine's name of the base model."""
-
-    name: str
-    cache: Path
-    base_name: str
-    base_config: Mapping[str, object]
-    base: BaseIdentity
-    max_lora_rank: int
-    max_loras: int
-    quarantine_after: int
-
-
 @dataclass
 class Health:
     """Counted, for the node's hint and for `status`."""
@@ -89,10 +72,10 @@ class Health:
 
 
 class Agent:
-    """One engine's agent. `tick` belongs to one thread; `router` may be used from any.
+    """One engine's agent. `tick` belongs to one thread.
 
     Loop:
-        agent = Agent(catalog, engine, watcher, router, node)
+        agent = Agent(catalog, engine, watcher, router, delivery, node="node-0", max_loras=3, quarantine_after=3)
         while not stopping:
             agent.tick()
             watcher.wait()
@@ -104,23 +87,27 @@ class Agent:
         engine: Engine,
         watcher: Watcher,
         router: Router,
-        node: Node,
+        delivery: Delivery,
         *,
+        node: str,
+        max_loras: int,
+        quarantine_after: int,
         on_routed: Callable[[Manifest], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._catalog, self._engine, self._watcher, self.router, self._node = catalog, engine, watcher, router, node
+        self._catalog, self._engine, self._watcher, self._router = catalog, engine, watcher, router
+        self._delivery, self._node = delivery, node
+        self._max_loras, self._quarantine_after = max_loras, quarantine_after
         self._on_routed, self._clock = on_routed, clock
         self.health = Health()
         self._tries: Counter[Version] = Counter()
         self._loaded: dict[Version, Path] = {}
         self._retired: list[Path] = []
-        self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
 
     @property
     def quarantined(self) -> frozenset[Version]:
         """Versions that failed too often."""
-        return frozenset(v for v, tries in self._tries.items() if tries >= self._node.quarantine_after)
+        return frozenset(v for v, tries in self._tries.items() if tries >= self._quarantine_after)
 
     def tick(self) -> Action:
         """Look once and act once. Lets no error of store, engine or version out: they are counted and logged."""
@@ -143,9 +130,9 @@ class Agent:
 
     def engine_lost(self) -> None:
         """Tell the agent that the engine is down: nobody is routed until it is back and proven again."""
-        self.router.route(None)
+        self._router.route(None)
         self._loaded.clear()
-        self._base_scores.clear()
+        self._delivery.forget()
 
     def _wanted(self, latest: Version | None) -> Version | None:
         """The latest version that is not quarantined; the listing is only asked when the latest one is."""
@@ -154,86 +141,42 @@ class Agent:
         return max((v for v in self._catalog.versions() if v not in self.quarantined), default=None)
 
     def _see(self, wanted: Version | None) -> Seen:
-        routed = self.router.routed.version if self.router.routed else None
+        routed = self._router.routed.version if self._router.routed else None
         try:
             names = set(self._engine.models())
         except EngineError:
             return Seen(wanted, routed, False, False, False)
-        has = routed is not None and self._name(routed) in names
-        return Seen(wanted, routed, True, has, len(self._loaded) < self._node.max_loras)
+        has = routed is not None and self._delivery.name(routed) in names
+        return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras)
 
     def _deliver(self, version: Version) -> None:
         noticed = self._clock()
-        manifest = self._catalog.manifest(version)
-        self._check(manifest)
-        expected = expected_tensors(self._node.base_config, manifest.lora.targets, manifest.lora.rank)
-        base_name = manifest.base.model_type
-        directory = fetch(self._catalog.store, manifest, expected, self._node.cache / str(version), base_name=base_name)
-        fetched = self._clock()
-        proof, loaded = self._load_and_prove(manifest, directory)
+        delivered = self._delivery.deliver(version)
+        self._loaded[version] = delivered.directory
         served = self._clock()
+        manifest = delivered.manifest
         submitted = float(manifest.training.get("submitted_at", noticed))
-        parts = {"notice": noticed - submitted, "fetch": fetched - noticed, "load": loaded - fetched}
-        parts["prove"] = served - loaded
-        self._put_receipt(manifest, proof, submitted, served, parts)
-        self.router.route(manifest)
-        self.health.served_since = served
-        log.info("serving version=%s publish_to_served_s=%.3f", version, served - submitted)
-        self._on_routed(manifest)
-
-    def _check(self, manifest: Manifest) -> None:
-        """What can be refused before a byte is fetched.
-
-        Raises:
-            WrongBase: made for another base model.
-            Corrupt: a rank that the engine was not started for.
-        """
-        self._node.base.demand(manifest.base, version=str(manifest.version))
-        if manifest.lora.rank > self._node.max_lora_rank:
-            raise Corrupt(
-                f"rank {manifest.lora.rank} is above the engine's max_lora_rank {self._node.max_lora_rank}",
-                op="check adapter",
-                version=str(manifest.version),
-                hint=f"Start the engine with --max-lora-rank {manifest.lora.rank} (rollout.max_lora_rank)",
-            )
-
-    def _load_and_prove(self, manifest: Manifest, directory: Path) -> tuple[Proof, float]:
-        """Load under the immutable name and prove it; a version that fails its proof is unloaded again."""
-        version, name = manifest.version, self._name(manifest.version)
-        before = self._base_before(manifest)
-        if name not in self._engine.models():
-            self._engine.load(name, str(directory))
-        self._loaded[version] = directory
-        loaded = self._clock()
-        try:
-            return prove(self._engine, name, self._node.base_name, manifest, directory, before), loaded
-        except EngineError:
-            self._unload(version)
-            raise
-
-    def _base_before(self, manifest: Manifest) -> Rows:
-        """The base's scores of the canary, taken once per engine life and canary."""
-        sequences = canary_sequences(manifest.canary)
-        key = tuple(tuple(sequence) for sequence in sequences)
-        if key not in self._base_scores:
-            self._base_scores[key] = self._engine.score(self._node.base_name, sequences)
-        return self._base_scores[key]
-
-    def _put_receipt(
-        self, manifest: Manifest, proof: Proof, submitted: float, served: float, parts: Mapping[str, float]
-    ) -> None:
         receipt = {
-            "node": self._node.name,
-            "version": str(manifest.version),
+            "node": self._node,
+            "version": str(version),
             "digest": manifest.digest,
             "submitted_at": submitted,
             "served_at": served,
             "publish_to_served_s": served - submitted,
-            "parts": dict(parts),
-            "canary": asdict(proof),
+            "parts": {
+                "notice": noticed - submitted,
+                "fetch": delivered.fetched_s,
+                "load": delivered.loaded_s - delivered.fetched_s,
+                "prove": delivered.proven_s - delivered.loaded_s,
+            },
+            "canary": asdict(delivered.proof),
         }
-        key = self._catalog.layout.receipt(manifest.version, self._node.name)
+        key = self._catalog.layout.receipt(version, self._node)
         self._catalog.store.put_if_absent(key, strict_json.dumps(receipt))  # the first delivery is the one that counts
+        self._router.route(manifest)
+        self.health.served_since = served
+        log.info("serving version=%s publish_to_served_s=%.3f", version, served - submitted)
+        self._on_routed(manifest)
 
     def _retire(self) -> None:
         """Unload every version that nobody uses; delete the files of those unloaded by the round before.
@@ -244,17 +187,14 @@ class Agent:
             shutil.rmtree(directory, ignore_errors=True)
         self._retired.clear()
         for version in sorted(self._loaded):
-            if self.router.idle(version):
+            if self._router.idle(version):
                 self._retired.append(self._loaded[version])
                 self._unload(version)
 
     def _unload(self, version: Version) -> None:
-        self._engine.unload(self._name(version))
+        self._engine.unload(self._delivery.name(version))
         self._loaded.pop(version, None)
         log.info("unloaded version=%s", version)
-
-    def _name(self, version: Version) -> str:
-        return served_name(self._catalog.layout.adapter, version)
 
     def _count(self, error: LorasyncError, wanted: Version | None) -> None:
         """Count a failure; one that the version itself is to blame for brings it nearer to quarantine."""

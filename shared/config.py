@@ -7,6 +7,7 @@ the environment. Does not: expand variables, merge files. A flag on the command 
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -198,3 +199,27 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UsageError(f"{where} must be {hint.__name__}, not {value!r}", op="read config")
     return value
+
+
+def to_toml(config: Config) -> str:
+    """The file that `load_config` reads back as an equal configuration."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        values = dataclasses.asdict(getattr(config, section.name))
+        tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+        lines.append(f"[{section.name}]")
+        lines.extend(f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables)
+        for name, table in tables.items():
+            lines.append(f"[{section.name}.{name}]")
+            lines.extend(f"{json.dumps(key)} = {_toml(value)}" for key, value in table.items())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """JSON's scalars and lists are TOML's; tables nested in options are written inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value)

@@ -1,0 +1,109 @@
+"""A version's way from the store into an engine, outside the agent: fetch, check, load, prove.
+
+The agent adds to it watching, counting, receipts and routing; replay uses it as it is.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.engine import Engine
+from rollout.proof import Proof, Rows, canary_sequences, prove
+from shared.base_model import BaseIdentity
+from shared.catalog import Catalog
+from shared.errors import Corrupt, EngineError
+from shared.fetch import fetch
+from shared.manifest import Manifest
+from shared.peft_names import expected_tensors
+from shared.versions import Version, served_name
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine serves as its base, and what it was started for."""
+
+    base_name: str
+    base_config: Mapping[str, Any]
+    base: BaseIdentity
+    max_lora_rank: int
+    cache: Path
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A version that the engine serves, proven. Times are seconds since the delivery began."""
+
+    manifest: Manifest
+    name: str
+    directory: Path
+    proof: Proof
+    fetched_s: float
+    loaded_s: float
+    proven_s: float
+
+
+class Delivery:
+    """Delivers versions of one adapter to one engine. Used by one thread."""
+
+    def __init__(
+        self, catalog: Catalog, engine: Engine, target: Target, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._catalog, self._engine, self._target, self._clock = catalog, engine, target, clock
+        self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
+
+    def name(self, version: Version) -> str:
+        """Under which the engine serves a version."""
+        return served_name(self._catalog.layout.adapter, version)
+
+    def deliver(self, version: Version) -> Delivered:
+        """Bring a version into the engine; one that fails its proof is unloaded again.
+
+        Raises:
+            KeyMissing: the version expired.
+            StoreError: the store failed.
+            Corrupt: not whole, not finite, for another base model, of too high a rank.
+            EngineError: the engine failed, refused it, or serves something else (NotProven).
+        """
+        began = self._clock()
+        manifest = self._catalog.manifest(version)
+        self._check(manifest)
+        expected = expected_tensors(self._target.base_config, manifest.lora.targets, manifest.lora.rank)
+        place = self._target.cache / self._catalog.layout.adapter / str(version)
+        directory = fetch(self._catalog.store, manifest, expected, place, base_name=manifest.base.model_type)
+        fetched = self._clock()
+        name, before = self.name(version), self._base_before(manifest)
+        if name not in self._engine.models():
+            self._engine.load(name, str(directory))
+        loaded = self._clock()
+        try:
+            proof = prove(self._engine, name, self._target.base_name, manifest, directory, before)
+        except EngineError:
+            self._engine.unload(name)
+            raise
+        proven = self._clock()
+        return Delivered(manifest, name, directory, proof, fetched - began, loaded - began, proven - began)
+
+    def forget(self) -> None:
+        """The engine was restarted: what it said of its base before counts no more."""
+        self._base_scores.clear()
+
+    def _check(self, manifest: Manifest) -> None:
+        """What can be refused before a byte is fetched."""
+        self._target.base.demand(manifest.base, version=str(manifest.version))
+        if manifest.lora.rank > self._target.max_lora_rank:
+            raise Corrupt(
+                f"rank {manifest.lora.rank} is above the engine's max_lora_rank {self._target.max_lora_rank}",
+                op="check adapter",
+                version=str(manifest.version),
+                hint=f"Start the engine with --max-lora-rank {manifest.lora.rank} (rollout.max_lora_rank)",
+            )
+
+    def _base_before(self, manifest: Manifest) -> Rows:
+        """The base's scores of the canary, taken once per engine life and canary."""
+        sequences = canary_sequences(manifest.canary)
+        key = tuple(tuple(sequence) for sequence in sequences)
+        if key not in self._base_scores:
+            self._base_scores[key] = self._engine.score(self._target.base_name, sequences)
+        return self._base_scores[key]

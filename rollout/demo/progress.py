@@ -1,0 +1,87 @@
+"""How far a run is, read from the store alone: what the live view shows and the summary is made of."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.evaluate import Evaluation
+from shared import strict_json
+from shared.catalog import MAX_HINT_BYTES, Catalog
+from shared.layout import version_of
+from shared.versions import Version
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One recorded evaluation. `final` marks the one after the end of training."""
+
+    version: Version
+    greedy: float
+    sampled: float
+    error: float
+    final: bool
+
+
+@dataclass
+class RunState:
+    """Everything a person asks while it runs."""
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    published: list[Version] = field(default_factory=list)
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
+    publish_to_served_s: dict[Version, float] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Training has ended and the last version was evaluated after it."""
+        return bool(self.trainer.get("done")) and any(reward.final for reward in self.rewards)
+
+
+class Progress:
+    """Reads a run's state, fetching each evaluation and receipt once."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._rewards: dict[str, Reward] = {}
+        self._served: dict[str, tuple[Version, float]] = {}
+
+    def read(self) -> RunState:
+        """The state now.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        store, layout = self._catalog.store, self._catalog.layout
+        for entry in store.list(layout.evaluations):
+            version = version_of(entry.key)
+            if version and entry.key not in self._rewards:
+                evaluation = Evaluation.from_parquet(store.get(entry.key), key=entry.key)
+                self._rewards[entry.key] = Reward(
+                    version,
+                    evaluation.greedy_reward,
+                    evaluation.sampled_reward,
+                    evaluation.sampled_error,
+                    final=entry.key.endswith(".final.parquet"),
+                )
+        for entry in store.list(layout.receipts):
+            version = version_of(entry.key)
+            if version and entry.key not in self._served:
+                receipt = strict_json.load_object(store.get(entry.key), key=entry.key, max_bytes=MAX_HINT_BYTES)
+                self._served[entry.key] = version, float(receipt["publish_to_served_s"])
+        return RunState(
+            trainer=self._catalog.progress() or {},
+            published=self._catalog.versions(),
+            nodes=self._catalog.nodes(),
+            rewards=sorted(self._rewards.values(), key=lambda reward: (reward.version, reward.final)),
+            publish_to_served_s=dict(self._served.values()),
+        )
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p50 and p99, by linear interpolation."""
+    if len(values) < 2:
+        return dict.fromkeys(("p50", "p99"), values[0] if values else 0.0)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98]}

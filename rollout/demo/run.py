@@ -1,0 +1,119 @@
+"""The demo's course: learn, control, replay, verify, report. Every part is a `lorasync` command of its own."""
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from rollout.demo.processes import Child
+from rollout.demo.progress import Progress, RunState
+from rollout.demo.report import plot, shortfalls, summarise
+from rollout.demo.settings import DemoOptions, frozen_config, main_config, write_config
+from rollout.demo.view import View, rewards_table
+from shared.catalog import Catalog
+from shared.config import Config
+from shared.errors import LorasyncError, NotConverged, StoreError
+from shared.layout import Layout
+from shared.store import open_store, probe
+
+POLL_S = 0.5
+RUN_TIMEOUT_S = 1800.0
+# Expected seconds, measured on two cores; the live view corrects them by the run's own rate.
+LEARN, CONTROL, REPLAY, VERIFY = "train and serve", "control: publishing frozen", "replay every version", "verify"
+PHASES = ((LEARN, 300.0), (CONTROL, 80.0), (REPLAY, 120.0), (VERIFY, 5.0))
+
+
+def run_demo(options: DemoOptions, console: Console) -> None:
+    """Run it all, print the table, write plot and summary.json.
+
+    Raises:
+        NotConverged: it ran, and a claim does not hold.
+        LorasyncError: a process ended with an error.
+    """
+    began = time.monotonic()
+    config = main_config(options)
+    store = open_store(config.store.url, config.store.options)
+    probe(store, Layout(config.store.adapter).probes)
+    out = options.out
+    main_file = write_config(config, out / "main.toml")
+    frozen_file = write_config(frozen_config(options), out / "frozen.toml")
+    console.print(f"store {config.store.url}, adapter {config.store.adapter}; logs in {out / 'logs'}", highlight=False)
+    view = View(console, PHASES)
+    with view.showing():
+        view.phase(LEARN)
+        main = _run(config, main_file, out / "logs" / "main", view)
+        view.phase(CONTROL)
+        frozen = _run(frozen_config(options), frozen_file, out / "logs" / "frozen", view, frozen=True)
+        view.phase(REPLAY)
+        replayed = _command(
+            ["replay", "--config", str(main_file), "--versions", "all", "--out", str(out / "replay")], view, out
+        )
+        view.phase(VERIFY)
+        arguments = ["verify", "--config", str(main_file), "--all", "--base", config.model.path]
+        verified = _command(arguments, view, out)
+    summary = summarise(
+        main,
+        frozen,
+        verified=verified,
+        replay_matches=replayed,
+        wall_s=time.monotonic() - began,
+        store_url=config.store.url,
+        seed=options.seed,
+    )
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    plot(out / "rewards.png", main, frozen, config.train.publish_every)
+    console.print(rewards_table(main.rewards))
+    lines = (
+        f"reward {summary['base_reward']:.3f} -> {summary['final_reward']:.3f}",
+        f"frozen control stays at {summary['frozen_final_reward']:.3f}",
+        f"{summary['versions_published']} versions published, {summary['versions_served']} served",
+        f"publish to served p50 {summary['publish_to_served_s']['p50']:.2f} s",
+        f"wall {summary['wall_s']:.0f} s",
+    )
+    console.print("\n".join(lines), highlight=False)
+    console.print(f"wrote {out / 'summary.json'} and {out / 'rewards.png'}", highlight=False)
+    problems = shortfalls(summary)
+    if problems:
+        raise NotConverged("; ".join(problems), op="demo", hint=f"See {out / 'logs'}")
+
+
+def _run(config: Config, file: Path, logs: Path, view: View, *, frozen: bool = False) -> RunState:
+    """A trainer and a rollout node, until training has ended and its last version is evaluated."""
+    progress = Progress(Catalog(open_store(config.store.url, config.store.options), config.store.adapter))
+    train = ["train", "--config", str(file), *(["--frozen"] if frozen else [])]
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    state = RunState()
+    with (
+        Child(["rollout", "--config", str(file)], logs / "rollout.log") as node,
+        Child(train, logs / "train.log") as trainer,
+    ):
+        while not state.done:
+            trainer.running()
+            if not node.running():
+                raise LorasyncError("the rollout node stopped before the run was done", hint=f"See {node.log}")
+            if time.monotonic() > deadline:
+                raise LorasyncError(f"the run was not done after {RUN_TIMEOUT_S:.0f} s", hint=f"See {logs}")
+            try:
+                state = progress.read()
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+            view.update(state)
+            time.sleep(POLL_S)
+    return state
+
+
+def _command(arguments: list[str], view: View, out: Path) -> bool:
+    """Run a command to its end, showing its last line; whether it succeeded."""
+    log = out / "logs" / f"{arguments[0]}.log"
+    with Child(arguments, log) as child:
+        try:
+            while child.running():
+                lines = log.read_text(errors="replace").strip().splitlines()
+                view.update(note=lines[-1] if lines else f"lorasync {arguments[0]}: starting")
+                time.sleep(POLL_S)
+        except LorasyncError as error:
+            view.update(note=str(error))
+            return False
+    return True

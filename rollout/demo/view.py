@@ -1,0 +1,122 @@
+"""What the demo shows while it runs: a live panel on a terminal, one line per change elsewhere."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rollout.demo.progress import Reward, RunState
+
+BARS = " ▁▂▃▄▅▆▇█"
+SHOWN_REWARDS = 12
+
+
+class View:
+    """Shows one phase at a time.
+
+    Args:
+        phases: names, in order, and the seconds that each is expected to take: the time left is made of them.
+    """
+
+    def __init__(self, console: Console, phases: Sequence[tuple[str, float]]) -> None:
+        self._console, self._phases = console, list(phases)
+        self._phase, self._began = 0, time.monotonic()
+        self._live: Live | None = None
+        self._last_line = ""
+        self._run_began = time.monotonic()
+
+    @contextmanager
+    def showing(self) -> Iterator["View"]:
+        """Keep the live panel up while the block runs."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with Live(console=self._console, refresh_per_second=4, transient=True) as live:
+            self._live = live
+            yield self
+        self._live = None
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+        self._phase = [phase for phase, _ in self._phases].index(name)
+        self._began = time.monotonic()
+        number = f"[{self._phase + 1}/{len(self._phases)}]"
+        self._console.print(f"{number} {name} [dim](about {self._left(None):.0f} s left in all)[/dim]", highlight=False)
+
+    def update(self, state: RunState | None = None, note: str = "") -> None:
+        """Show the state of the run, or of a phase that has none."""
+        if self._live is not None:
+            self._live.update(self._panel(state, note))
+            return
+        line = self._line(state) if state else note
+        if line and line != self._last_line:
+            self._console.print(f"  {time.monotonic() - self._run_began:5.0f} s  {line}", highlight=False)
+            self._last_line = line
+
+    def _left(self, state: RunState | None) -> float:
+        """Seconds left: this phase by its own rate where it has one, the later ones by expectation."""
+        later = sum(seconds for _, seconds in self._phases[self._phase + 1 :])
+        expected = self._phases[self._phase][1]
+        elapsed = time.monotonic() - self._began
+        step, steps = (int(state.trainer.get(k, 0)) for k in ("step", "steps")) if state else (0, 0)
+        if state and step and steps:
+            started = float(state.trainer["started_at"])
+            return later + (time.time() - started) / step * (steps - step)
+        return later + max(0.0, expected - elapsed)
+
+    def _panel(self, state: RunState | None, note: str) -> RenderableType:
+        name = self._phases[self._phase][0]
+        footer = f"{time.monotonic() - self._run_began:.0f} s elapsed, about {self._left(state):.0f} s left"
+        if state is None or not state.trainer:
+            waiting = note or "starting: the engine loads the base model, the trainer builds Megatron"
+            return Panel(Text(waiting), title=name, subtitle=footer, title_align="left", subtitle_align="right")
+        step, steps = int(state.trainer.get("step", 0)), max(1, int(state.trainer.get("steps", 1)))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row("trainer", ProgressBar(total=steps, completed=step, width=30), f"step {step} of {steps}")
+        latest = state.published[-1] if state.published else None
+        grid.add_row("published", f"{len(state.published)} versions", f"latest {latest}" if latest else "")
+        for node in state.nodes:
+            behind = _lag(node, state)
+            grid.add_row(str(node["node"]), f"serves {node.get('version') or '-'}", f"{behind} versions behind")
+        rewards = [reward for reward in state.rewards if not reward.final]
+        bars = "".join(BARS[round(reward.sampled * (len(BARS) - 1))] for reward in rewards)
+        grid.add_row("reward", bars, f"{rewards[-1].sampled:.3f} held out, at temperature 1" if rewards else "")
+        return Panel(
+            Group(grid, Text(), rewards_table(rewards[-SHOWN_REWARDS:])),
+            title=name,
+            subtitle=footer,
+            title_align="left",
+            subtitle_align="right",
+        )
+
+    def _line(self, state: RunState) -> str:
+        if not state.trainer:
+            return ""
+        serving = ", ".join(
+            f"{node['node']} serves {node.get('version') or '-'} ({_lag(node, state)} behind)" for node in state.nodes
+        )
+        last = state.rewards[-1] if state.rewards else None
+        reward = f"; reward of {last.version}: {last.sampled:.3f}" if last else ""
+        steps = f"step {state.trainer.get('step', 0)}/{state.trainer.get('steps', '?')}"
+        return f"{steps}; {len(state.published)} versions published; {serving or 'no node yet'}{reward}"
+
+
+def rewards_table(rewards: Sequence[Reward]) -> Table:
+    """Held-out reward by version."""
+    table = Table("version", "greedy", "temperature 1", "", box=None, header_style="bold", padding=(0, 2))
+    for reward in rewards:
+        label = f"{reward.version} (final)" if reward.final else str(reward.version)
+        sampled = f"{reward.sampled:.3f} ± {reward.error:.3f}"
+        table.add_row(label, f"{reward.greedy:.3f}", sampled, "█" * round(reward.sampled * 30))
+    return table
+
+
+def _lag(node: dict[str, object], state: RunState) -> int:
+    """Versions that were published after the one that a node serves."""
+    return sum(str(version) > str(node.get("version") or "") for version in state.published)

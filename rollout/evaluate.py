@@ -1,0 +1,128 @@
+"""Held-out reward of one version, as the engine serves it: greedily, and sampled at temperature 1 with fixed seeds.
+
+The same prompts, seeds and engine give the same greedy tokens and sampled ones that differ at most by rounding, so a
+recorded evaluation can be replayed and compared. One Parquet row per prompt.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rollout.engine import Completion, Engine
+from rollout.tasks.prompts import Prompt
+from rollout.tasks.reward import Reward
+from shared.errors import Corrupt
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("greedy_tokens", pa.list_(pa.int32())),
+        ("greedy_text", pa.string()),
+        ("greedy_reward", pa.float32()),
+        ("sampled_tokens", pa.list_(pa.int32())),
+        ("sampled_text", pa.string()),
+        ("sampled_reward", pa.float32()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One held-out prompt's two completions and their rewards."""
+
+    prompt_id: str
+    greedy_tokens: tuple[int, ...]
+    greedy_text: str
+    greedy_reward: float
+    sampled_tokens: tuple[int, ...]
+    sampled_text: str
+    sampled_reward: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All outcomes of one version."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def greedy_reward(self) -> float:
+        """Mean over prompts."""
+        return sum(o.greedy_reward for o in self.outcomes) / len(self.outcomes)
+
+    @property
+    def sampled_reward(self) -> float:
+        """Mean over prompts."""
+        return sum(o.sampled_reward for o in self.outcomes) / len(self.outcomes)
+
+    @property
+    def sampled_error(self) -> float:
+        """Standard error of `sampled_reward`."""
+        mean, count = self.sampled_reward, len(self.outcomes)
+        variance = sum((o.sampled_reward - mean) ** 2 for o in self.outcomes) / max(1, count - 1)
+        return math.sqrt(variance / count)
+
+    def to_parquet(self) -> bytes:
+        """Parquet bytes."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([vars(o) for o in self.outcomes], schema=SCHEMA), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, content: bytes, *, key: str) -> "Evaluation":
+        """The inverse of `to_parquet`.
+
+        Raises:
+            Corrupt: not such a file.
+        """
+        try:
+            rows = pq.read_table(io.BytesIO(content), schema=SCHEMA).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise Corrupt(f"not an evaluation file: {error}", op="read evaluation", key=key) from error
+        if not rows:
+            raise Corrupt("an evaluation without outcomes", op="read evaluation", key=key)
+        lists = ("greedy_tokens", "sampled_tokens")
+        return cls(tuple(Outcome(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in rows))
+
+
+def evaluate(
+    engine: Engine, name: str, prompts: Sequence[Prompt], reward: Reward, *, max_tokens: int, seed: int
+) -> Evaluation:
+    """Ask the engine for both completions of every prompt.
+
+    Args:
+        name: the served name of the version.
+        seed: prompt i samples with seed + i, independently of the others.
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    token_ids = [list(prompt.token_ids) for prompt in prompts]
+    seeds = [seed + number for number in range(len(prompts))]
+    greedy = engine.complete(name, token_ids, n=1, max_tokens=max_tokens, temperature=0.0)
+    sampled = engine.complete_seeded(name, token_ids, seeds, max_tokens=max_tokens, temperature=1.0)
+    return Evaluation(
+        tuple(
+            _outcome(prompt, reward, one[0], other, number)
+            for prompt, one, other, number in zip(prompts, greedy, sampled, seeds, strict=True)
+        )
+    )
+
+
+def _outcome(prompt: Prompt, reward: Reward, greedy: Completion, sampled: Completion, seed: int) -> Outcome:
+    return Outcome(
+        prompt_id=prompt.id,
+        greedy_tokens=tuple(greedy.token_ids),
+        greedy_text=greedy.text,
+        greedy_reward=reward(prompt, greedy.text, greedy.finish_reason == "stop"),
+        sampled_tokens=tuple(sampled.token_ids),
+        sampled_text=sampled.text,
+        sampled_reward=reward(prompt, sampled.text, sampled.finish_reason == "stop"),
+        seed=seed,
+    )

@@ -1,0 +1,108 @@
+"""Evaluates every version on the held-out prompts as soon as it is served, and puts the outcomes on the store.
+
+A version is held (`Router.hold`) from the moment it is routed until its evaluation is put, so it stays loaded although
+newer versions are routed meanwhile. While more than one version waits, `behind` asks the sampler to pause: evaluation
+sets the pace then, instead of versions going unmeasured.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+from rollout.engine import Engine
+from rollout.evaluate import Evaluation, evaluate
+from rollout.router import Router
+from rollout.tasks.prompts import Prompt
+from rollout.tasks.reward import Reward
+from shared.catalog import Catalog
+from shared.config import Config
+from shared.errors import EngineError, KeyMissing, StoreError
+from shared.manifest import Manifest
+from shared.versions import served_name
+
+log = logging.getLogger(__name__)
+
+FINAL_SEED_OFFSET = 1_000_000
+
+
+class Heldout:
+    """One thread evaluates (`run`); `enqueue` and `behind` may be called from any."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        engine: Engine,
+        router: Router,
+        config: Config,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+    ) -> None:
+        self._catalog, self._engine, self._router, self._config = catalog, engine, router, config
+        self._prompts, self._reward = list(prompts)[: config.rollout.heldout_limit], reward
+        self._waiting: queue.Queue[Manifest] = queue.Queue()
+        self._final_done = False
+
+    def enqueue(self, manifest: Manifest) -> None:
+        """Evaluate a version that was just routed, unless this node did so in an earlier life."""
+        key = self._catalog.layout.evaluation(manifest.version, self._config.rollout.node)
+        if self._prompts and not self._exists(key):
+            self._router.hold(manifest.version)
+            self._waiting.put(manifest)
+
+    def behind(self) -> bool:
+        """Whether more than one version waits."""
+        return self._waiting.qsize() > 1
+
+    def run(self, stopping: threading.Event) -> None:
+        """Evaluate until told to stop; when the trainer says it is done, once more with other seeds."""
+        while not stopping.is_set():
+            try:
+                manifest = self._waiting.get(timeout=self._config.store.poll_interval_s)
+            except queue.Empty:
+                self._evaluate_final()
+                continue
+            try:
+                self._evaluate(manifest, self._config.rollout.node, self._config.rollout.seed)
+            except (EngineError, StoreError) as error:
+                log.warning("held-out evaluation of version=%s lost: %s", manifest.version, error)
+            finally:
+                self._router.release(manifest.version)
+
+    def _evaluate_final(self) -> None:
+        """The served policy after the end of training, measured afresh: what a frozen run must show to be flat."""
+        try:
+            progress = self._catalog.progress()
+            newest = self._catalog.hint()
+            with self._router.lease() as manifest:
+                done = bool(progress and progress.get("done"))
+                if self._final_done or not done or manifest is None or not newest or newest[0] != manifest.version:
+                    return
+                seed = self._config.rollout.seed + FINAL_SEED_OFFSET
+                self._evaluate(manifest, f"{self._config.rollout.node}.final", seed)
+                self._final_done = True
+        except (EngineError, StoreError) as error:
+            log.warning("final evaluation lost: %s", error)
+
+    def _evaluate(self, manifest: Manifest, node: str, seed: int) -> Evaluation:
+        name = served_name(self._catalog.layout.adapter, manifest.version)
+        max_tokens = self._config.task.max_new_tokens
+        evaluation = evaluate(self._engine, name, self._prompts, self._reward, max_tokens=max_tokens, seed=seed)
+        key = self._catalog.layout.evaluation(manifest.version, node)
+        self._catalog.store.put_if_absent(key, evaluation.to_parquet())
+        log.info(
+            "evaluated version=%s greedy=%.3f sampled=%.3f",
+            manifest.version,
+            evaluation.greedy_reward,
+            evaluation.sampled_reward,
+        )
+        return evaluation
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._catalog.store.get(key)
+        except KeyMissing:
+            return False
+        except StoreError:
+            return False
+        return True

@@ -1,0 +1,153 @@
+"""Prompts into scored groups of completions, put on the store as trajectories.
+
+Each request samples whole groups under one leased version; every token carries that version and its log-probability
+under it. How fast is the pace's decision (`rollout.pace`): sampling stops when what exists would grow too stale.
+Does not: retry a failed request (the prompts are drawn again sooner or later), know the trainer.
+"""
+
+import logging
+import random
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from rollout.engine import Completion, Engine
+from rollout.pace import Groups, capacity, produced_groups, taken_when_published, trajectory_key
+from rollout.router import Router
+from rollout.tasks.prompts import Prompt
+from rollout.tasks.reward import Reward
+from shared import trajectories
+from shared.catalog import Catalog
+from shared.config import Config
+from shared.errors import EngineError, StoreError
+from shared.manifest import Manifest
+from shared.trajectories import Sample
+from shared.versions import Version, served_name
+
+log = logging.getLogger(__name__)
+
+
+def prompt_stream(prompts: Sequence[Prompt], rng: random.Random) -> Iterator[Prompt]:
+    """Every prompt once per round, each round in a new order, for ever."""
+    while True:
+        yield from rng.sample(prompts, len(prompts))
+
+
+def to_samples(
+    prompt: Prompt, completions: Sequence[Completion], version: Version, reward: Reward, node: str, group: str
+) -> list[Sample]:
+    """Score one prompt's completions and make them a group."""
+    return [
+        Sample(
+            group=group,
+            prompt_id=prompt.id,
+            prompt_tokens=prompt.token_ids,
+            tokens=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs),
+            token_versions=(version,) * len(completion.token_ids),
+            reward=reward(prompt, completion.text, completion.finish_reason == "stop"),
+            finished=completion.finish_reason == "stop",
+            node=node,
+        )
+        for completion in completions
+    ]
+
+
+class Sampler:
+    """Samples until told to stop. `run` belongs to one thread; its requests run on threads of its own."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        engine: Engine,
+        router: Router,
+        config: Config,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        paused: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._catalog, self._engine, self._router, self._config = catalog, engine, router, config
+        self._reward, self._paused = reward, paused
+        self._prompts = prompt_stream(prompts, random.Random(f"{config.rollout.seed}/{config.rollout.node}"))
+        self._life = uuid.uuid4().hex[:8]
+        self._sequence = 0
+        self._sequence_lock = threading.Lock()
+        self.groups = 0
+        self.failures = 0
+
+    def run(self, stopping: threading.Event) -> None:
+        """Begin requests as the pace allows, until `stopping` is set; waits for those in flight."""
+        rollout = self._config.rollout
+        workers = max(1, rollout.max_concurrent_groups // rollout.groups_per_request)
+        running: set[Future[int]] = set()
+        with ThreadPoolExecutor(workers, thread_name_prefix="sample") as pool:
+            while not stopping.is_set():
+                begun = self._begin(pool, running, workers)
+                if running and (begun == 0 or len(running) == workers):
+                    done, running = wait(
+                        running, timeout=self._config.store.poll_interval_s, return_when=FIRST_COMPLETED
+                    )
+                    self._collect(done)
+                elif begun == 0:
+                    stopping.wait(self._config.store.poll_interval_s)
+
+    def _begin(self, pool: ThreadPoolExecutor, running: set[Future[int]], workers: int) -> int:
+        """Begin one request if the pace allows it; returns how many groups it holds."""
+        rollout = self._config.rollout
+        manifest = self._router.routed
+        if manifest is None or len(running) >= workers or self._paused():
+            return 0
+        try:
+            progress = self._catalog.progress()
+            produced = produced_groups(self._catalog.store, self._catalog.layout)
+        except StoreError as error:
+            log.warning("sampler: %s", error)
+            return 0
+        groups = Groups(
+            produced=produced,
+            running=len(running) * rollout.groups_per_request,
+            taken=taken_when_published(manifest, progress),
+            dropped=int((progress or {}).get("dropped_groups", 0)),
+        )
+        count = min(capacity(groups, self._config.train, rollout.max_concurrent_groups), rollout.groups_per_request)
+        if count:
+            running.add(pool.submit(self._sample, [next(self._prompts) for _ in range(count)]))
+        return count
+
+    def _collect(self, done: set[Future[int]]) -> None:
+        for future in done:
+            try:
+                self.groups += future.result()
+            except (EngineError, StoreError) as error:
+                self.failures += 1
+                log.warning("sampler: request lost: %s", error)
+
+    def _sample(self, prompts: Sequence[Prompt]) -> int:
+        """Sample, score and put one file; returns its number of groups."""
+        with self._router.lease() as manifest:
+            if manifest is None:
+                return 0
+            completions = self._engine.complete(
+                served_name(self._catalog.layout.adapter, manifest.version),
+                [list(prompt.token_ids) for prompt in prompts],
+                n=self._config.train.group_size,
+                max_tokens=self._config.task.max_new_tokens,
+                temperature=self._config.task.temperature,
+            )
+        return self._put(manifest, prompts, completions)
+
+    def _put(self, manifest: Manifest, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> int:
+        with self._sequence_lock:
+            sequence, self._sequence = self._sequence, self._sequence + 1
+        node = self._config.rollout.node
+        samples = [
+            sample
+            for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
+            for sample in to_samples(
+                prompt, group, manifest.version, self._reward, node, f"{node}-{self._life}-{sequence:06d}-{number}"
+            )
+        ]
+        key = trajectory_key(self._catalog.layout, manifest, node, self._life, sequence, len(prompts))
+        self._catalog.store.put_if_absent(key, trajectories.encode(samples))
+        return len(prompts)
