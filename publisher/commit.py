@@ -5,12 +5,12 @@
              list the records; all of them there?  build the manifest from them, put it if absent
              overwrite LATEST
 
-The manifest is a function of the records alone, so several ranks may race to put it: they write the same bytes.
+The manifest is a function of the records and of what every rank knows alike (rank 0's record carries the rest: training
+metrics and canary), so several ranks may race to put it: they write the same bytes.
 A death before the manifest leaves an attempt that no reader sees. A death after it leaves a stale LATEST, which the
 readers' listing makes good.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,17 +23,25 @@ from shared.base_model import BaseIdentity
 from shared.coverage import demand_complete
 from shared.errors import Corrupt, Fenced
 from shared.layout import Layout
-from shared.manifest import MAX_MANIFEST_BYTES, Canary, LoraShape, Manifest, Parent, Shard, Slice, Tensor
+from shared.manifest import (
+    MAX_MANIFEST_BYTES,
+    Canary,
+    LoraShape,
+    Manifest,
+    Parent,
+    Shard,
+    Slice,
+    Tensor,
+    canary_from_json,
+)
 from shared.peft_names import peft_target_modules
 from shared.store import Store
 from shared.versions import Version
 
-_RECORD = re.compile(r"rank-(\d{5})\.json")
-
 
 @dataclass(frozen=True)
 class Heading:
-    """What a version is, apart from its bytes: every rank holds the same (rank 0's training and canary count)."""
+    """What a version is, apart from its bytes. Ranks agree on all but `training` and `canary`, where rank 0's count."""
 
     adapter: str
     version: Version
@@ -92,21 +100,25 @@ def put_shard(
         ],
         "aliases": dict(aliases),
     }
+    if rank.index == 0:
+        record["training"] = dict(heading.training)
+        record["canary"] = asdict(heading.canary) if heading.canary else None
     store.put(f"{stem}.json", strict_json.dumps(record))
 
 
-def read_records(store: Store, layout: Layout, claim: Claim, version: Version) -> list[dict[str, Any]]:
-    """The records of an attempt that are there so far, in rank order."""
-    records = []
-    for entry in store.list(layout.attempt(version, claim.nonce)):
-        if _RECORD.fullmatch(entry.key.rsplit("/", 1)[-1]):
-            content = store.get(entry.key)
-            records.append(strict_json.load_object(content, key=entry.key, max_bytes=MAX_MANIFEST_BYTES))
-    return sorted(records, key=lambda record: int(record["rank"]))
+def read_records(
+    store: Store, layout: Layout, claim: Claim, version: Version, world: int
+) -> list[dict[str, Any]] | None:
+    """The records of an attempt in rank order, or None while some are missing: until then it costs one listing."""
+    attempt = layout.attempt(version, claim.nonce)
+    keys = [f"{attempt}/rank-{index:05d}.json" for index in range(world)]
+    if not {entry.key for entry in store.list(attempt)}.issuperset(keys):
+        return None
+    return [strict_json.load_object(store.get(key), key=key, max_bytes=MAX_MANIFEST_BYTES) for key in keys]
 
 
 def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Manifest:
-    """The manifest that these records make: a pure function.
+    """The manifest that these records, in rank order, make: a pure function.
 
     Raises:
         Corrupt: two records disagree about a tensor.
@@ -135,8 +147,8 @@ def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Ma
         shards=tuple(shards),
         tensors={name: Tensor(*kinds[name], tuple(pieces)) for name, pieces in slices.items()},
         aliases=aliases,
-        training=heading.training,
-        canary=heading.canary,
+        training=records[0]["training"],
+        canary=canary_from_json(records[0]["canary"]),
     )
 
 
@@ -157,8 +169,8 @@ def commit(
         Fenced: a later epoch was claimed, or this version's name holds another life's manifest.
         Corrupt: the version is not whole; nothing is committed.
     """
-    records = read_records(store, layout, claim, heading.version)
-    if len(records) < world:
+    records = read_records(store, layout, claim, heading.version, world)
+    if records is None:
         return None
     manifest = build_manifest(heading, records).sealed()
     demand_complete(manifest, expected)

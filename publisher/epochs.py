@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 
 from shared import strict_json
+from shared.catalog import check_layout
 from shared.errors import Fenced
 from shared.layout import LAYOUT, Layout
 from shared.store import Store
@@ -32,7 +33,9 @@ def claim_epoch(store: Store, layout: Layout) -> Claim:
 
     Raises:
         Fenced: others kept winning the claim.
+        Corrupt: the store has a layout that we don't write.
     """
+    check_layout(store, layout)
     store.put_if_absent(layout.layout, strict_json.dumps({"layout": LAYOUT, "uuid": uuid.uuid4().hex}))
     nonce = uuid.uuid4().hex[:12]
     claim = {"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "claimed_at": time.time()}

@@ -26,7 +26,7 @@ from publisher.epochs import Claim
 from publisher.shard import encode, in_wire_order, wire_scale
 from shared.base_model import BaseIdentity, identify, read_base_config
 from shared.config import LoraConfig
-from shared.errors import LorasyncError, StoreError
+from shared.errors import LorasyncError, StoreError, UsageError
 from shared.layout import Layout
 from shared.manifest import Canary, LoraShape, Manifest, Parent
 from shared.peft_names import expected_tensors
@@ -88,7 +88,7 @@ class Publisher:
         self._base_name = str(base_path).rstrip("/").rsplit("/", 1)[-1]
         self._parent = Parent(parent.version, parent.digest) if parent else None
         self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
-        self.skipped = 0
+        self.skipped, self._last_number = 0, -1
         self._failure: LorasyncError | None = None
         self._stopping = threading.Event()
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=queue_versions)
@@ -116,8 +116,11 @@ class Publisher:
 
         Raises:
             LorasyncError: what ended an earlier publication (Fenced, Corrupt, StoreError).
+            UsageError: a number not higher than the last one: its shards would be written over.
         """
-        self._raise_failure()
+        self.check()
+        if number <= self._last_number:
+            raise UsageError(f"version number {number} after {self._last_number}", op="publish")
         if self._on_full == "skip" and self._jobs.full():
             self.skipped += 1
             log.warning("publisher: queue full, skipped number=%d skipped=%d", number, self.skipped)
@@ -142,9 +145,10 @@ class Publisher:
         while True:
             try:
                 self._jobs.put(replace(job, wait_s=time.monotonic() - copied), timeout=RECORD_POLL_S)
+                self._last_number = number
                 return True
             except queue.Full:
-                self._raise_failure()
+                self.check()
 
     def close(self, *, abandon: bool = False) -> None:
         """Publish what is queued, stop, and raise what went wrong.
@@ -162,9 +166,10 @@ class Publisher:
                 continue
         self._thread.join()
         if not abandon:
-            self._raise_failure()
+            self.check()
 
-    def _raise_failure(self) -> None:
+    def check(self) -> None:
+        """Raise what ended an earlier publication, if anything did."""
         if self._failure is not None:
             raise self._failure
 
@@ -200,7 +205,7 @@ class Publisher:
             )
             if manifest is not None:
                 break
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._stopping.is_set():
                 raise StoreError(f"not all of {world} ranks put a record", op="commit", version=str(heading.version))
             self._stopping.wait(RECORD_POLL_S)
         self._parent = Parent(manifest.version, manifest.digest)

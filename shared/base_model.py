@@ -59,6 +59,8 @@ def read_base_config(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         hint = "model.path must be a Hugging Face model directory"
         raise UsageError("no config.json in the base model", op="read base model", key=str(path), hint=hint) from None
+    except OSError as error:
+        raise UsageError(f"cannot read config.json: {error.strerror}", op="read base model", key=str(path)) from error
     except ValueError as error:
         raise Corrupt(f"config.json is not JSON: {error}", op="read base model", key=str(file)) from error
     if not isinstance(config, dict) or "model_type" not in config:

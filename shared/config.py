@@ -8,10 +8,11 @@ the environment. Does not: expand variables, merge files. A flag on the command 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -135,16 +136,41 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         UsageError: no such file, not TOML, an unknown key, a wrong type, a missing required key.
     """
+    return parse(Config, override(read_toml(path), overrides or {}))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The file as it stands, unchecked.
+
+    Raises:
+        UsageError: no such file, or not TOML.
+    """
     try:
-        mapping: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError("no such configuration file", op="read config", key=str(path)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read it: {error.strerror}", op="read config", key=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"not a TOML file: {error}", op="read config", key=str(path)) from error
-    for dotted, value in (overrides or {}).items():
-        section, name = dotted.split(".", 1)
-        mapping.setdefault(section, {})[name] = value
-    return parse(Config, mapping)
+
+
+def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with the values at their dotted keys.
+
+    Raises:
+        UsageError: a key goes through something that is not a table.
+    """
+    changed = dict(mapping)
+    for dotted, value in values.items():
+        name, _, rest = dotted.partition(".")
+        if rest:
+            table = changed.get(name, {})
+            if not isinstance(table, Mapping):
+                raise UsageError(f"{name} is not a table, so {dotted} cannot be set", op="read config")
+            value = override(table, {rest: value})
+        changed[name] = value
+    return changed
 
 
 def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -> Section:
@@ -156,11 +182,7 @@ def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -
     hints = typing.get_type_hints(section)
     fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
-    for name in mapping:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(fields)}"
-            raise UsageError(f"unknown key {prefix}{name}", op="read config", hint=hint)
+    demand_known(mapping, section, where)
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         if name in mapping:
@@ -170,6 +192,20 @@ def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -
                 f"missing key {prefix}{name}", op="read config", hint=f"Add {name} under [{where or 'file'}]"
             )
     return section(**values)
+
+
+def demand_known(names: Iterable[str], section: type, where: str) -> None:
+    """Check that a section has these keys.
+
+    Raises:
+        UsageError: names the nearest valid one.
+    """
+    fields, prefix = [f.name for f in dataclasses.fields(section)], f"{where}." if where else ""
+    for name in names:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid keys: {', '.join(fields)}"
+            raise UsageError(f"unknown key {prefix}{name}", op="read config", hint=hint)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -186,8 +222,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{where} must be a list, not {value!r}", op="read config")
-        item = typing.get_args(hint)[0]
-        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        items = typing.get_args(hint)
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(value)
+        if len(items) != len(value):
+            raise UsageError(f"{where} must have {len(items)} values, not {len(value)}", op="read config")
+        return tuple(_value(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
     if origin in (types.UnionType, typing.Union):
         raise AssertionError(f"{where}: unions are not used in configuration")
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -222,4 +262,6 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

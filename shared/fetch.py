@@ -44,11 +44,24 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
     Raises:
         Corrupt: a check failed; nothing is left under `directory`.
         KeyMissing: a shard is gone: the version expired, look for a newer one.
-        StoreError: the store failed, or the local disk has no room.
+        StoreError: the store failed, or the local disk did.
     """
-    if _intact(directory, manifest):
-        return directory
     demand_complete(manifest, expected)
+    config = plain_config(manifest, base_name)
+    if _intact(directory, manifest, config):
+        return directory
+    try:
+        _materialise(store, manifest, expected, directory, config)
+    except OSError as error:
+        hint = "Mend the local disk, or use another directory"
+        raise StoreError(f"{error}", op="fetch", key=str(directory), hint=hint) from error
+    return directory
+
+
+def _materialise(
+    store: Store, manifest: Manifest, expected: Mapping[str, Shape], directory: Path, config: bytes
+) -> None:
+    """Build the directory beside its place, and put it there when all of it is right."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     _demand_room(manifest, directory.parent)
     aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
@@ -61,17 +74,41 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
             os.fsync(file.fileno())
         for path in shards:
             path.unlink()
-        lora = manifest.lora
-        targets = peft_target_modules(lora.targets)
-        config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=base_name)
-        (aside / CONFIG).write_bytes(strict_json.dumps(config))
+        (aside / CONFIG).write_bytes(config)
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
         (aside / DIGEST).write_text(digest)
         shutil.rmtree(directory, ignore_errors=True)
         aside.rename(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return directory
+
+
+def verify(store: Store, manifest: Manifest, expected: Mapping[str, Shape], scratch: Path) -> None:
+    """Check a stored version as `fetch` would, and keep nothing.
+
+    Args:
+        scratch: an empty directory, for the shards while they are checked.
+
+    Raises:
+        Corrupt, KeyMissing, StoreError: see `fetch`.
+    """
+    demand_complete(manifest, expected)
+    try:
+        shards = [download(store, shard, scratch / f"shard-{n}") for n, shard in enumerate(manifest.shards)]
+        with Path(os.devnull).open("wb") as nowhere:
+            assemble(manifest, shards, expected, nowhere)
+        for path in shards:
+            path.unlink()
+    except OSError as error:
+        raise StoreError(f"{error}", op="verify", key=str(scratch)) from error
+
+
+def plain_config(manifest: Manifest, base_name: str) -> bytes:
+    """adapter_config.json of the version as it stands on disk: B is already scaled by the wire's alpha."""
+    lora = manifest.lora
+    targets = peft_target_modules(lora.targets)
+    config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=base_name)
+    return strict_json.dumps(config)
 
 
 def download(store: Store, shard: Shard, path: Path) -> Path:
@@ -111,7 +148,7 @@ def _demand_room(manifest: Manifest, directory: Path) -> None:
         raise StoreError(problem, op="fetch", key=str(directory), hint="Free room, or set rollout.cache_dir elsewhere")
 
 
-def _intact(directory: Path, manifest: Manifest) -> bool:
+def _intact(directory: Path, manifest: Manifest, config: bytes) -> bool:
     """Whether a directory of an earlier life still holds this manifest and the bytes that it was given."""
     try:
         digest = hashlib.sha256()
@@ -119,6 +156,7 @@ def _intact(directory: Path, manifest: Manifest) -> bool:
             while chunk := file.read(PART_BYTES):
                 digest.update(chunk)
         same = (directory / MANIFEST).read_bytes() == manifest.to_bytes()
+        same = same and (directory / CONFIG).read_bytes() == config
         return same and (directory / DIGEST).read_text() == digest.hexdigest()
     except OSError:
         return False

@@ -190,7 +190,7 @@ def _from_body(body: Mapping[str, Any]) -> Manifest:
         tensors=tensors,
         aliases=dict(body["aliases"]),
         training=dict(body["training"]),
-        canary=_canary(canary) if canary else None,
+        canary=canary_from_json(canary),
     )
 
 
@@ -198,7 +198,14 @@ def _parent(body: Mapping[str, Any]) -> Parent:
     return Parent(Version(_size(body["epoch"]), _size(body["version"])), _text(body["digest"]))
 
 
-def _canary(body: Mapping[str, Any]) -> Canary:
+def canary_from_json(body: Mapping[str, Any] | None) -> Canary | None:
+    """The inverse of `dataclasses.asdict`.
+
+    Raises:
+        LookupError, TypeError, ValueError: not of that form.
+    """
+    if body is None:
+        return None
     sequences = tuple(tuple(_size(token) for token in sequence) for sequence in body["sequences"])
     logprobs = tuple(tuple(float(value) for value in row) for row in body["logprobs"])
     if [len(s) - 1 for s in sequences] != [len(row) for row in logprobs]:

@@ -7,7 +7,8 @@ Order is the wire order: by layer, then projection, then factor, then expert asc
 (layer, projection, factor) lie next to each other and map as one [experts, rows, columns] block.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from shared.config import ALL_LINEAR
@@ -18,6 +19,13 @@ PREFIX = "base_model.model.model.layers."
 # Megatron-Core linear -> the Hugging Face projections that it holds, in wire order.
 ATTENTION = {"linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",)}
 MLP = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
+
+PROJECTIONS = tuple(name for target in ALL_LINEAR for name in ATTENTION.get(target, ()) + MLP.get(target, ()))
+
+_NAME = re.compile(
+    re.escape(PREFIX) + r"(?P<layer>\d{1,6})\.(self_attn|mlp(\.experts\.(?P<expert>\d{1,6}))?)"
+    r"\.(?P<projection>\w+)\.lora_(?P<factor>[AB])\.weight"
+)
 
 Shape = tuple[int, int]
 
@@ -54,8 +62,10 @@ def expected_tensors(base_config: Mapping[str, Any], targets: Sequence[str], ran
             op="name tensors",
             hint=f"Known: {', '.join(FAMILIES)}",
         )
-    names = FAMILIES[model_type](base_config, targets, rank)
-    return dict(names)
+    try:
+        return dict(FAMILIES[model_type](base_config, targets, rank))
+    except KeyError as error:
+        raise UsageError(f"config.json of the base model has no {error}", op="name tensors") from error
 
 
 def _qwen3_moe(base: Mapping[str, Any], targets: Sequence[str], r: int) -> Iterator[tuple[str, Shape]]:
@@ -83,6 +93,19 @@ def _qwen3_moe(base: Mapping[str, Any], targets: Sequence[str], r: int) -> Itera
                     else:
                         for expert in range(base["num_experts"]):
                             yield expert_name(layer, expert, projection, factor), shape
+
+
+def wire_order(names: Iterable[str]) -> list[str]:
+    """Names in wire order, from the names alone, for when the base model is not at hand; unknown ones last."""
+
+    def place(name: str) -> tuple[bool, int, int, str, int, str]:
+        match = _NAME.fullmatch(name)
+        if not match or match["projection"] not in PROJECTIONS:
+            return True, 0, 0, "", 0, name
+        projection = PROJECTIONS.index(match["projection"])
+        return False, int(match["layer"]), projection, match["factor"], int(match["expert"] or 0), name
+
+    return sorted(names, key=place)
 
 
 def targets_in_order(targets: Sequence[str]) -> list[str]:
