@@ -72,6 +72,15 @@ def start_process_group(layout: ParallelLayout, timeout_s: float = 600.0) -> Non
         tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
+def stop_process_group() -> None:
+    """Leave the process group, if there is one; Megatron's groups go with it."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
 def build_model(
     hf_config: Mapping[str, Any], layout: ParallelLayout, dtype: Literal["float32", "bfloat16"]
 ) -> nn.Module:

@@ -1,0 +1,155 @@
+"""The trainer's checkpoints: committed by their JSON, checked before use, two kept, written behind the step."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import Corrupt, Fenced, StoreError
+from shared.layout import Layout
+from shared.local_store import LocalStore
+from trainer.checkpoint import Checkpoint, CheckpointWriter, newest, write
+
+LAYOUT = Layout("policy")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(f"file://{tmp_path}")
+
+
+def checkpoint(epoch: int, step: int) -> Checkpoint:
+    tensors = {"lora.a": torch.full((3, 2), step + 0.1), "rng.cpu": torch.arange(16, dtype=torch.uint8)}
+    return Checkpoint(epoch, step, {"position": {"taken": step}}, tensors)
+
+
+def steps_on(store: LocalStore) -> list[str]:
+    return [e.key.split("/")[-2] for e in store.list(LAYOUT.checkpoints) if e.key.endswith("state.json")]
+
+
+def test_a_checkpoint_reads_back_as_it_was_written(store):
+    write(store, LAYOUT, checkpoint(1, 5))
+    found = newest(store, LAYOUT)
+    assert found is not None
+    assert (found.epoch, found.step, found.state) == (1, 5, {"position": {"taken": 5}})
+    assert {name: t.tolist() for name, t in found.tensors.items()} == {
+        name: t.tolist() for name, t in checkpoint(1, 5).tensors.items()
+    }
+    assert found.tensors["rng.cpu"].dtype == torch.uint8
+
+
+def test_without_checkpoints_there_is_none(store):
+    assert newest(store, LAYOUT) is None
+
+
+def test_the_newest_two_are_kept_whole_and_nothing_of_the_others(store):
+    for step in (5, 10, 15, 20):
+        write(store, LAYOUT, checkpoint(1, step))
+    assert steps_on(store) == ["00000001-000000000015", "00000001-000000000020"]
+    assert len(store.list(LAYOUT.checkpoints)) == 4
+
+
+def test_a_zombie_of_a_lower_epoch_does_not_displace_its_successors_state(store):
+    write(store, LAYOUT, checkpoint(1, 20))
+    write(store, LAYOUT, checkpoint(2, 5))
+    write(store, LAYOUT, checkpoint(2, 10))
+    write(store, LAYOUT, checkpoint(1, 25))
+    found = newest(store, LAYOUT)
+    assert found is not None and (found.epoch, found.step) == (2, 10)
+    assert steps_on(store) == ["00000002-000000000005", "00000002-000000000010"]
+
+
+def test_a_checkpoint_without_its_json_does_not_exist(store):
+    write(store, LAYOUT, checkpoint(1, 5))
+    store.put(f"{LAYOUT.checkpoint(1, 10)}/state-abc.safetensors", b"half a file")
+    found = newest(store, LAYOUT)
+    assert found is not None and found.step == 5
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "json", "format"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(store, damage):
+    write(store, LAYOUT, checkpoint(1, 5))
+    write(store, LAYOUT, checkpoint(1, 10))
+    folder = LAYOUT.checkpoint(1, 10)
+    tensors = next(e.key for e in store.list(folder) if e.key.endswith(".safetensors"))
+    content, state = store.get(tensors), f"{folder}/state.json"
+    match damage:
+        case "flip":
+            store.put(tensors, content[:-1] + bytes([content[-1] ^ 1]))
+        case "truncate":
+            store.put(tensors, content[:-1])
+        case "delete":
+            store.delete(tensors)
+        case "json":
+            store.put(state, b"{")
+        case "format":
+            store.put(state, json.dumps(json.loads(store.get(state)) | {"format": 99}).encode())
+    found = newest(store, LAYOUT)
+    assert found is not None and found.step == 5
+
+
+def test_when_every_checkpoint_is_damaged_it_says_so_instead_of_beginning_anew(store):
+    write(store, LAYOUT, checkpoint(1, 5))
+    store.put(f"{LAYOUT.checkpoint(1, 5)}/state.json", b"{}")
+    with pytest.raises(Corrupt, match="no readable checkpoint") as caught:
+        newest(store, LAYOUT)
+    assert "begin anew" in caught.value.hint
+
+
+def test_another_trainers_checkpoint_of_the_same_name_is_never_overwritten(store):
+    write(store, LAYOUT, checkpoint(1, 5))
+    with pytest.raises(Fenced):
+        write(store, LAYOUT, checkpoint(1, 5))
+
+
+class Slow(LocalStore):
+    """Writes when it is let; fails as it is told."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.let, self.failure = threading.Event(), None
+
+    def put_stream(self, key, chunks):
+        assert self.let.wait(10)
+        if self.failure:
+            raise self.failure
+        super().put_stream(key, chunks)
+
+
+def test_writing_runs_behind_the_step_and_close_waits_for_it(store):
+    slow = Slow(store.url)
+    writer = CheckpointWriter(slow, LAYOUT)
+    writer.submit(checkpoint(1, 5))
+    assert newest(store, LAYOUT) is None
+    slow.let.set()
+    writer.close()
+    writer.shutdown()
+    assert steps_on(store) == ["00000001-000000000005"]
+
+
+def test_a_store_that_fails_for_a_while_costs_a_checkpoint_that_is_counted(store):
+    slow = Slow(store.url)
+    slow.let.set()
+    slow.failure = StoreError("connection reset", retryable=True)
+    writer = CheckpointWriter(slow, LAYOUT)
+    writer.submit(checkpoint(1, 5))
+    writer.close()
+    slow.failure = None
+    writer.submit(checkpoint(1, 10))
+    writer.close()
+    writer.shutdown()
+    assert writer.missed == 1
+    assert steps_on(store) == ["00000001-000000000010"]
+
+
+def test_a_store_that_refuses_for_good_ends_the_training_at_the_next_checkpoint(store):
+    slow = Slow(store.url)
+    slow.let.set()
+    slow.failure = StoreError("no space left")
+    writer = CheckpointWriter(slow, LAYOUT)
+    writer.submit(checkpoint(1, 5))
+    with pytest.raises(StoreError, match="no space left"):
+        writer.submit(checkpoint(1, 10))
+    writer.shutdown()

@@ -1,0 +1,252 @@
+"""Taking trajectories: the staleness bound, the order, exactly once, and what is said when none come."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trajectory_fleet import make_group, put_groups
+
+from shared.errors import LorasyncError, StoreError
+from shared.layout import Layout
+from shared.local_store import LocalStore
+from shared.store import Entry
+from shared.versions import Version
+from trainer.intake import Group, Intake, Position, Rules
+from trainer.lineage import Lineage
+
+ADAPTER = "policy"
+RULES = Rules(group_size=4, vocab_size=128, max_tokens=64)
+V = Version
+FIRST_LIFE = Lineage(1)
+
+
+class Clock:
+    """Time that passes only by waiting; `at` runs something when its second comes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[tuple[float, Any]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for event in [event for event in self.events if event[0] <= self.now]:
+            self.events.remove(event)
+            event[1]()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(f"file://{tmp_path}")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def intake_of(store, clock: Clock, lineage: Lineage = FIRST_LIFE, position: Position | None = None, staleness: int = 1):
+    return Intake(
+        store,
+        Layout(ADAPTER),
+        lineage,
+        RULES,
+        max_staleness=staleness,
+        position=position,
+        clock=clock,
+        wait=clock.wait,
+    )
+
+
+def put(store: LocalStore, version: Version, file: str, *names: str, **changes: Any) -> str:
+    rng = random.Random(file)
+    return put_groups(store, ADAPTER, version, file, [make_group(version, name, rng, **changes) for name in names])
+
+
+def names(groups: list[Group]) -> list[str]:
+    return [group.samples[0].group for group in groups]
+
+
+def take(intake: Intake, count: int, current: Version) -> list[str]:
+    return names(intake.take(count, current, timeout_s=5.0))
+
+
+def test_groups_are_taken_oldest_version_first_then_by_file_and_place_in_it(store, clock):
+    put(store, V(1, 1), "a", "e", "f")
+    put(store, V(1, 0), "b", "c", "d")
+    put(store, V(1, 0), "a", "a", "b")
+    intake = intake_of(store, clock)
+    assert take(intake, 3, V(1, 1)) == ["a", "b", "c"]
+    assert take(intake, 3, V(1, 1)) == ["d", "e", "f"]
+
+
+def test_every_group_is_taken_exactly_once(store, clock):
+    put(store, V(1, 0), "a", *(str(i) for i in range(10)))
+    intake = intake_of(store, clock)
+    taken = take(intake, 4, V(1, 0)) + take(intake, 4, V(1, 0))
+    assert taken == [str(i) for i in range(8)]
+    put(store, V(1, 0), "b", "late")
+    assert take(intake, 3, V(1, 0)) == ["8", "9", "late"]
+    with pytest.raises(LorasyncError, match="stalled"):
+        take(intake, 1, V(1, 0))
+
+
+def test_groups_older_than_the_bound_are_dropped_and_counted(store, clock):
+    put(store, V(1, 2), "a", "stale")
+    put(store, V(1, 3), "a", "old enough")
+    put(store, V(1, 4), "a", "fresh")
+    intake = intake_of(store, clock)
+    assert take(intake, 2, V(1, 4)) == ["old enough", "fresh"]
+    assert (intake.position.taken, intake.position.dropped, intake.position.consumed) == (2, {"stale": 1}, 3)
+
+
+def test_a_group_that_grows_stale_while_it_waits_is_dropped(store, clock):
+    put(store, V(1, 0), "a", "a", "b", "c")
+    intake = intake_of(store, clock)
+    assert take(intake, 2, V(1, 1)) == ["a", "b"]
+    put(store, V(1, 2), "a", "d")
+    assert take(intake, 1, V(1, 2)) == ["d"]
+    assert intake.position.dropped == {"stale": 1}
+
+
+def test_a_group_is_as_old_as_its_oldest_token(store, clock):
+    group = make_group(V(1, 3), "mixed", random.Random(0), token_versions=None)
+    mixed = [
+        sample.__class__(**{**vars(sample), "token_versions": (V(1, 1), *[V(1, 3)] * (len(sample.tokens) - 1))})
+        for sample in group
+    ]
+    put_groups(store, ADAPTER, V(1, 3), "a", [mixed])
+    put(store, V(1, 3), "b", "fresh")
+    intake = intake_of(store, clock)
+    assert take(intake, 1, V(1, 3)) == ["fresh"]
+    assert intake.position.dropped == {"stale": 1}
+
+
+def test_a_resumed_trainer_takes_what_its_ancestors_made_and_drops_what_was_thrown_away(store, clock):
+    put(store, V(1, 5), "a", "ancestor")
+    put(store, V(1, 6), "a", "thrown away")
+    put(store, V(2, 5), "a", "own")
+    put(store, V(3, 5), "a", "a later life's")
+    intake = intake_of(store, clock, Lineage(1).resumed(2, number=5))
+    assert take(intake, 2, V(2, 6)) == ["ancestor", "own"]
+    assert intake.position.dropped == {"not_an_ancestor": 2}
+
+
+def test_a_position_that_went_through_json_decides_about_nothing_twice(store, clock):
+    put(store, V(1, 0), "a", "a", "b", "c")
+    put(store, V(1, 0), "b", "d", "e")
+    first = intake_of(store, clock)
+    assert take(first, 4, V(1, 0)) == ["a", "b", "c", "d"]
+    saved = json.dumps(first.position.to_json())
+    assert take(first, 1, V(1, 0)) == ["e"]
+    resumed = intake_of(store, clock, Lineage(1).resumed(2, 0), Position.from_json(json.loads(saved)))
+    assert resumed.position.consumed == 4
+    assert take(resumed, 1, V(2, 0)) == ["e"]
+
+
+def test_a_saved_position_does_not_change_when_the_intake_goes_on(store, clock):
+    put(store, V(1, 0), "a", "a", "b", "c")
+    intake = intake_of(store, clock)
+    take(intake, 1, V(1, 0))
+    saved = intake.position.to_json()
+    before = json.dumps(saved)
+    take(intake, 1, V(1, 0))
+    assert json.dumps(saved) == before
+
+
+def test_files_that_retention_removed_are_forgotten(store, clock):
+    key = put(store, V(1, 0), "a", "a")
+    put(store, V(1, 0), "b", "b", "c")
+    intake = intake_of(store, clock)
+    take(intake, 2, V(1, 0))
+    store.delete(key)
+    take(intake, 1, V(1, 0))
+    assert key not in intake.position.decided
+    assert intake.position.consumed == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 3},
+        {"prompt_tokens": ()},
+        {"prompt_tokens": tuple(range(64))},
+        {"prompt_tokens": (128,)},
+        {"prompt_tokens": (-1,)},
+        {"reward": math.nan},
+        {"tokens": (3, 4), "logprobs": (-1.0, -math.inf), "token_versions": (V(1, 0), V(1, 0))},
+    ],
+    ids=str,
+)
+def test_a_group_that_breaks_the_rules_is_dropped_and_the_rest_of_its_file_is_kept(store, clock, changes):
+    good, bad = make_group(V(1, 0), "good", random.Random(0)), make_group(V(1, 0), "bad", random.Random(1), **changes)
+    put_groups(store, ADAPTER, V(1, 0), "a", [bad, good])
+    intake = intake_of(store, clock)
+    assert take(intake, 1, V(1, 0)) == ["good"]
+    assert intake.position.dropped == {"malformed": 1}
+
+
+def test_a_file_that_is_no_parquet_is_dropped_once_and_never_read_again(store, clock):
+    store.put(f"{Layout(ADAPTER).trajectories(V(1, 0))}/a.parquet", b"PAR1 but no more")
+    put(store, V(1, 0), "b", "b", "c")
+    intake = intake_of(store, clock)
+    assert take(intake, 1, V(1, 0)) + take(intake, 1, V(1, 0)) == ["b", "c"]
+    assert intake.position.dropped == {"corrupt_files": 1}
+
+
+def test_groups_that_come_while_it_waits_are_taken_when_there_are_enough(store, clock):
+    put(store, V(1, 0), "a", "a")
+    clock.events = [(2.0, lambda: put(store, V(1, 0), "b", "b")), (6.0, lambda: put(store, V(1, 0), "c", "c"))]
+    # Each arrival renews the 5 seconds, so the third, at 6 s, is in time.
+    assert take(intake_of(store, clock), 3, V(1, 0)) == ["a", "b", "c"]
+    assert clock.now == 6.0
+
+
+def test_when_nothing_comes_the_error_says_what_is_known_of_the_fleet(store, clock):
+    put(store, V(1, 0), "a", "a")
+    with pytest.raises(
+        LorasyncError, match=r"fleet is stalled \(1 of 2 groups here, no rollout node has ever"
+    ) as caught:
+        take(intake_of(store, clock), 2, V(1, 0))
+    assert caught.value.retryable and "lorasync status" in caught.value.hint
+    store.put(Layout(ADAPTER).node("gpu-7"), b"{}")
+    with pytest.raises(LorasyncError, match="nodes that ever reported: gpu-7"):
+        take(intake_of(store, clock), 2, V(1, 0))
+
+
+def test_the_heartbeat_ends_a_wait(store, clock):
+    def fenced() -> None:
+        raise LorasyncError("another trainer took over")
+
+    with pytest.raises(LorasyncError, match="took over"):
+        intake_of(store, clock).take(1, V(1, 0), 5.0, heartbeat=fenced)
+
+
+class Flaky(LocalStore):
+    """Fails its first listings."""
+
+    failures = 3
+    retryable = True
+
+    def list(self, prefix: str) -> list[Entry]:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("connection reset", op="list", retryable=self.retryable)
+        return super().list(prefix)
+
+
+def test_a_store_that_fails_for_a_while_is_waited_for(store, clock):
+    put(store, V(1, 0), "a", "a")
+    assert take(intake_of(Flaky(store.url), clock), 1, V(1, 0)) == ["a"]
+
+
+def test_a_store_that_refuses_for_good_is_not(store, clock):
+    flaky = Flaky(store.url)
+    flaky.retryable = False
+    with pytest.raises(StoreError, match="connection reset"):
+        take(intake_of(flaky, clock), 1, V(1, 0))

@@ -1,0 +1,242 @@
+"""Takes trajectories from the store: within the staleness bound, in a fixed order, each group exactly once.
+
+A group is admissible when every token of it was made by a version that the policy descends from, at most
+`max_staleness` numbers ago; others are dropped and counted, and so are groups that break the rules. What was decided is
+the intake's position: it goes into the checkpoint, so a resumed trainer decides about the same groups again that the
+lost steps had taken, and never about those that the checkpoint has seen.
+
+Order is by key, that is by version, then node, then sequence: the oldest first, so that as few as possible grow stale.
+Does not: delete trajectories. When retention removes a file, its decision is forgotten with it.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError
+from shared.layout import Layout, version_of
+from shared.store import Store
+from shared.trajectories import Sample, decode
+from shared.versions import Version
+from trainer.lineage import Lineage
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a group must be for the model to train on it."""
+
+    group_size: int
+    vocab_size: int
+    max_tokens: int  # prompt and completion
+
+    def problem(self, samples: Sequence[Sample]) -> str | None:
+        """Say what is wrong with a group, or None."""
+        if len(samples) != self.group_size:
+            return f"{len(samples)} completions, not {self.group_size}"
+        for sample in samples:
+            length = len(sample.prompt_tokens) + len(sample.tokens)
+            if not sample.prompt_tokens or not sample.tokens or length > self.max_tokens:
+                return f"{length} tokens; 1 + 1 to {self.max_tokens} fit"
+            if not all(0 <= token < self.vocab_size for token in sample.prompt_tokens + sample.tokens):
+                return f"a token outside the vocabulary of {self.vocab_size}"
+            if not all(math.isfinite(value) for value in (sample.reward, *sample.logprobs)):
+                return "a reward or log-probability that is not finite"
+        return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """All completions of one prompt, where they lie, and the oldest version that made a token of them."""
+
+    samples: tuple[Sample, ...]
+    key: str
+    index: int  # within the file
+    oldest: Version
+
+
+@dataclass
+class Position:
+    """What was decided so far. `decided` has, per file, the groups taken or dropped; None once that is all of them."""
+
+    decided: dict[str, list[int] | None] = field(default_factory=dict)
+    taken: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def consumed(self) -> int:
+        """Groups taken or dropped: what samplers may count as no longer outstanding."""
+        return self.taken + sum(self.dropped.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A copy, which does not change when the position does."""
+        decided = {key: None if indexes is None else list(indexes) for key, indexes in self.decided.items()}
+        return {"decided": decided, "taken": self.taken, "dropped": dict(self.dropped)}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Position":
+        return cls(dict(body["decided"]), int(body["taken"]), dict(body["dropped"]))
+
+
+class Intake:
+    """One adapter's trajectories as a queue of groups.
+
+    intake = Intake(store, layout, lineage, rules, max_staleness=1)
+    groups = intake.take(32, current=Version(1, 4), timeout_s=600.0)
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        lineage: Lineage,
+        rules: Rules,
+        *,
+        max_staleness: int,
+        position: Position | None = None,
+        poll_interval_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._store, self._layout, self._lineage, self._rules = store, layout, lineage, rules
+        self._max_staleness, self._poll_interval_s = max_staleness, poll_interval_s
+        self._clock, self._wait = clock, wait
+        self.position = position or Position()
+        self._files: dict[str, int] = {}  # opened: key -> number of groups in it
+        self._waiting: list[Group] = []
+
+    def take(
+        self,
+        count: int,
+        current: Version,
+        timeout_s: float,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> list[Group]:
+        """Wait for `count` admissible groups and take them.
+
+        Args:
+            current: the version of the policy that will be trained on them.
+            timeout_s: how long to wait without any new group.
+            heartbeat: called at every look; what it raises ends the wait.
+
+        Raises:
+            LorasyncError: nothing new came for `timeout_s`; says what is known of the rollout fleet.
+            StoreError: the store refuses for good.
+        """
+        arrived_at = self._clock()
+        while True:
+            try:
+                if self._look():
+                    arrived_at = self._clock()
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+                log.warning("intake: store failed, trying again: %s", error)
+            self._drop_unfit(current)
+            if len(self._waiting) >= count:
+                taken = self._waiting[:count]
+                for group in taken:
+                    self._decide(group)
+                self.position.taken += count
+                return taken
+            heartbeat()
+            if self._clock() - arrived_at > timeout_s:
+                raise self._stalled(count, current, timeout_s)
+            self._wait(self._poll_interval_s)
+
+    def _look(self) -> bool:
+        """Open the files that came since the last look; whether they brought a group."""
+        listed = {entry.key for entry in self._store.list(self._layout.all_trajectories) if _is_ours(entry.key)}
+        self._forget_deleted(listed)
+        done = {key for key, indexes in self.position.decided.items() if indexes is None}
+        came = False
+        for key in sorted(listed - self._files.keys() - done):
+            try:
+                samples = decode(self._store.get(key), key=key)
+            except KeyMissing:
+                continue
+            except Corrupt as error:
+                log.warning("intake: dropped a file: %s", error)
+                self._count("corrupt_files")
+                self.position.decided[key] = None
+                continue
+            came |= self._open(key, samples)
+        self._waiting.sort(key=lambda group: (group.key, group.index))
+        return came
+
+    def _open(self, key: str, samples: Sequence[Sample]) -> bool:
+        """Queue a file's groups that are not decided yet, dropping those that break the rules."""
+        by_name: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_name.setdefault(sample.group, []).append(sample)
+        self._files[key] = len(by_name)
+        decided = set(self.position.decided.get(key) or [])
+        came = False
+        for index, group_samples in enumerate(by_name.values()):
+            if index in decided:
+                continue
+            oldest = min(version for sample in group_samples for version in sample.token_versions)
+            group = Group(tuple(group_samples), key, index, oldest)
+            self._waiting.append(group)
+            came = True
+            if problem := self._rules.problem(group_samples):
+                log.warning("intake: dropped group=%s key=%s: %s", group_samples[0].group, key, problem)
+                self._decide(group)
+                self._count("malformed")
+        return came
+
+    def _drop_unfit(self, current: Version) -> None:
+        """Drop what the policy does not descend from, and what has grown too old."""
+        for group in list(self._waiting):
+            versions = {version for sample in group.samples for version in sample.token_versions}
+            if not all(self._lineage.includes(version) and version.number <= current.number for version in versions):
+                self._decide(group)
+                self._count("not_an_ancestor")
+            elif staleness(group, current) > self._max_staleness:
+                self._decide(group)
+                self._count("stale")
+
+    def _decide(self, group: Group) -> None:
+        """Note that a group is taken or dropped."""
+        self._waiting.remove(group)
+        indexes = self.position.decided.setdefault(group.key, [])
+        if indexes is not None:
+            indexes.append(group.index)
+            if len(indexes) == self._files[group.key]:
+                self.position.decided[group.key] = None
+
+    def _count(self, reason: str) -> None:
+        self.position.dropped[reason] = self.position.dropped.get(reason, 0) + 1
+
+    def _forget_deleted(self, listed: set[str]) -> None:
+        for key in self.position.decided.keys() - listed:
+            if key not in self._files or self.position.decided[key] is None:
+                del self.position.decided[key]
+
+    def _stalled(self, count: int, current: Version, timeout_s: float) -> LorasyncError:
+        nodes = [entry.key.rsplit("/", 1)[-1].removesuffix(".json") for entry in self._store.list(self._layout.nodes)]
+        known = f"nodes that ever reported: {', '.join(nodes)}" if nodes else "no rollout node has ever reported"
+        dropped = ", ".join(f"{number} {reason}" for reason, number in self.position.dropped.items()) or "none"
+        return LorasyncError(
+            f"no new trajectories for {timeout_s:.0f} s: the rollout fleet is stalled"
+            f" ({len(self._waiting)} of {count} groups here, {known}, dropped so far: {dropped})",
+            op="take trajectories",
+            version=str(current),
+            hint="Check that a rollout node runs on this store and serves this version: lorasync status",
+            retryable=True,
+        )
+
+
+def staleness(group: Group, current: Version) -> int:
+    """How many versions old the oldest token is."""
+    return current.number - group.oldest.number
+
+
+def _is_ours(key: str) -> bool:
+    return key.endswith(SUFFIX) and version_of(key) is not None

@@ -1,0 +1,53 @@
+"""The trainer's hint of how far it is: `trainer.json`, overwritten after every step, behind it.
+
+Samplers pace themselves by it and `lorasync status` shows it. It is a hint: the latest one wins, some are never
+written, and a store that refuses it costs nothing but the hint, which is logged and counted in `missed`.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from shared import strict_json
+from shared.errors import StoreError
+from shared.layout import Layout
+from shared.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class ProgressHint:
+    """Overwrites the hint with whatever was told last."""
+
+    def __init__(self, store: Store, layout: Layout) -> None:
+        self._store, self._key, self.missed = store, layout.trainer, 0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="progress")
+        self._lock = threading.Lock()
+        self._next: bytes | None = None
+        self._running: Future[None] | None = None
+
+    def tell(self, body: Mapping[str, Any]) -> None:
+        """Have the hint written soon, unless a newer one comes first. Returns at once."""
+        with self._lock:
+            self._next = strict_json.dumps(dict(body))
+            if self._running is None or self._running.done():
+                self._running = self._executor.submit(self._write)
+
+    def close(self) -> None:
+        """Wait until the last one is written, or has failed."""
+        self._executor.shutdown()
+
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                content, self._next = self._next, None
+                if content is None:
+                    self._running = None
+                    return
+            try:
+                self._store.put(self._key, content)
+            except StoreError as error:
+                self.missed += 1
+                log.warning("progress hint missed=%d: %s", self.missed, error)
