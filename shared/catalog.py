@@ -73,7 +73,7 @@ class Catalog:
         """A version as a person writes it: `latest`, `0001-000012`, or `12` (the highest epoch that has it).
 
         Raises:
-            UsageError: no such version.
+            UsageError: no such version, or not the name of one.
         """
         versions = self.versions()
         if text == "latest" and versions:
@@ -81,7 +81,8 @@ class Catalog:
         if text.isdecimal():
             match = [version for version in versions if version.number == int(text)]
         else:
-            match = [version for version in versions if text != "latest" and version == Version.parse(text)]
+            asked = None if text == "latest" else Version.parse(text)
+            match = [version for version in versions if version == asked]
         if not match:
             have = f"{versions[0]} .. {versions[-1]}" if versions else "none"
             raise UsageError(f"no version {text!r} of {self.layout.adapter}", op="find version", hint=f"Have: {have}")

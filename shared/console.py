@@ -9,6 +9,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 fenced, 4 corrupt, 130 interrupted.
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LorasyncError as error:
         print(f"lorasync: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lorasync: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,72 @@
+"""Store commands on a terminal: the same facts as `--json`, for people."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from shared.status import Status, number
+
+SILENT_AFTER_S = 60.0
+
+
+def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a version."""
+    table = Table("version", *(right(name) for name in ("step", "bytes")), "parent", "submitted at", "receipts")
+    for row in rows:
+        if "corrupt" in row:
+            table.add_row(row["version"], "", "", "", "CORRUPT", " ".join(row["receipts"]))
+            continue
+        size, step, at = f"{row['bytes']:,}", "" if row["step"] is None else str(row["step"]), row["submitted_at"]
+        table.add_row(row["version"], step, size, row["parent"] or "", local_time(at), " ".join(row["receipts"]))
+    return table
+
+
+def shown(status: Status) -> RenderableType:
+    """A status as rich shows it."""
+    table = Table("node", "state", "serves", right("lag"), right("lag s"), "since", right("failures"), "quarantined")
+    for node in status.nodes:
+        table.add_row(
+            node.node,
+            node.state
+            if node.silent_s is None or node.silent_s < SILENT_AFTER_S
+            else f"{node.state}, silent {node.silent_s:.0f} s",
+            str(node.version or ""),
+            "" if node.lag_versions is None else str(node.lag_versions),
+            "" if node.lag_s is None else f"{node.lag_s:.1f}",
+            local_time(node.served_since),
+            str(node.failures),
+            " ".join(node.quarantined),
+        )
+    head = f"{status.adapter} at {status.store}\nlatest version: {status.latest or 'none'} ({status.versions} in all)"
+    return Group(Text(head), Text(f"trainer: {_trainer(status.trainer)}"), *([table] if status.nodes else ["no node"]))
+
+
+def _trainer(hint: Mapping[str, Any] | None) -> str:
+    if not hint:
+        return "none seen"
+    parts = [f"step {hint.get('step')} of {hint.get('steps')}", f"epoch {hint.get('epoch')}"]
+    for name in ("mean_reward", "loss", "staleness_mean"):
+        value = number(hint.get(name))
+        if value is not None:
+            parts.append(f"{name.replace('_', ' ')} {value:.3f}")
+    parts.append("done" if hint.get("done") is True else f"last heard {local_time(number(hint.get('updated_at')))}")
+    return ", ".join(parts)
+
+
+def right(name: str) -> Column:
+    """A column of numbers."""
+    return Column(name, justify="right")
+
+
+def local_time(unix_s: float | None) -> str:
+    """Local time; empty for what is none."""
+    if unix_s is None:
+        return ""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+    except (OverflowError, ValueError, OSError):
+        return "?"
