@@ -1,0 +1,212 @@
+"""A rollout node: an engine, its agent, a sampler and a held-out evaluation, as threads of one process.
+
+    main thread    watches over the engine (starts it again if it died), renews the node's hint, ends on SIGTERM
+    agent          keeps the engine on the latest proven version
+    sampler        puts trajectories
+    heldout        evaluates each version that is routed
+
+The node knows the trainer only by what lies on the store, and keeps no state but a cache: killed and started again, it
+comes back to the latest version.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from rollout.agent import Agent
+from rollout.delivery import Delivery, Target
+from rollout.engine import Engine
+from rollout.heldout import Heldout
+from rollout.router import Router
+from rollout.sampler import Sampler
+from rollout.tasks.prompts import load_prompts
+from rollout.tasks.reward import load_reward
+from rollout.watch import Watcher
+from shared import strict_json
+from shared.base_model import identify, read_base_config
+from shared.catalog import Catalog, check_layout
+from shared.config import Config
+from shared.errors import EngineError, LorasyncError, StoreError
+from shared.store import open_store, probe
+
+log = logging.getLogger(__name__)
+
+HINT_INTERVAL_S = 2.0
+SUPERVISE_INTERVAL_S = 0.5
+RESTART_WAIT_S = 2.0
+MAX_RESTARTS = 5  # in a row, without the engine ever becoming healthy
+
+
+class Server(Protocol):
+    """The process behind the engine, if it is ours to keep alive."""
+
+    def start(self) -> None: ...
+
+    def running(self) -> bool: ...
+
+    def stop(self) -> None: ...
+
+
+def engine_target(config: Config, base_name: str) -> Target:
+    """What the engine serves, by the node's own copy of the base model.
+
+    Raises:
+        UsageError: no base model there.
+    """
+    return Target(
+        base_name=base_name,
+        base_config=read_base_config(config.model.path),
+        base=identify(config.model.path),
+        max_lora_rank=config.rollout.max_lora_rank,
+        cache=Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync"),
+    )
+
+
+class Node:
+    """Puts the parts together and runs them until told to stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        server: Server | None,
+        base_name: str,
+        *,
+        sample: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config, self._engine, self._server, self._clock = config, engine, server, clock
+        store = open_store(config.store.url, config.store.options)
+        self._catalog = Catalog(store, config.store.adapter)
+        probe(store, self._catalog.layout.probes)
+        check_layout(store, self._catalog.layout)
+        options = config.store.options
+        reward = load_reward(config.task.reward)
+        train_prompts = load_prompts(config.task.train_prompts, options, config.model.path) if sample else []
+        heldout_prompts = load_prompts(config.task.heldout_prompts, options, config.model.path)
+        self._router = Router()
+        self._watcher = Watcher(
+            self._catalog,
+            poll_interval_s=config.store.poll_interval_s,
+            list_interval_s=config.store.list_interval_s,
+        )
+        delivery = Delivery(self._catalog, engine, engine_target(config, base_name))
+        self._heldout = Heldout(self._catalog, engine, self._router, config, heldout_prompts, reward)
+        self._agent = Agent(
+            self._catalog,
+            engine,
+            self._watcher,
+            self._router,
+            delivery,
+            node=config.rollout.node,
+            max_loras=config.rollout.max_loras,
+            quarantine_after=config.rollout.quarantine_after,
+            on_routed=self._heldout.enqueue,
+        )
+        self._sampler = (
+            Sampler(self._catalog, engine, self._router, config, train_prompts, reward, paused=self._heldout.behind)
+            if sample
+            else None
+        )
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+
+    def stop(self) -> None:
+        """Ask the node to drain and end; may be called from a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Run until `stop`; in-flight requests finish before the engine is stopped.
+
+        Raises:
+            LorasyncError: the engine would not stay up, or a part failed in a way it can't mend.
+        """
+        parts: list[tuple[str, Callable[[], None]]] = [("agent", self._follow)]
+        parts.append(("heldout", lambda: self._heldout.run(self._stopping)))
+        if self._sampler is not None:
+            sampler = self._sampler
+            parts.append(("sampler", lambda: sampler.run(self._stopping)))
+        threads = [threading.Thread(target=self._guard, args=part, name=part[0], daemon=True) for part in parts]
+        for thread in threads:
+            thread.start()
+        try:
+            self._supervise()
+        finally:
+            self._stopping.set()
+            self._watcher.wake()
+            for thread in threads:
+                thread.join(self._config.rollout.request_timeout_s)
+            self._watcher.close()
+            self._tell("stopped")
+        if self._failure is not None:
+            raise self._failure
+
+    def _guard(self, name: str, body: Callable[[], None]) -> None:
+        """Run a thread's body; if it fails, the node ends and says why instead of living on without it."""
+        try:
+            body()
+        except BaseException as error:
+            log.exception("%s failed", name)
+            is_ours = isinstance(error, LorasyncError)
+            self._failure = error if is_ours else LorasyncError(f"{name} failed: {error!r}", op="run node")
+            self._stopping.set()
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            self._agent.tick()
+            self._watcher.wait()
+
+    def _supervise(self) -> None:
+        """Keep the engine's process alive and the hint fresh."""
+        told_at, told = 0.0, ""
+        restarts = 0
+        while not self._stopping.wait(SUPERVISE_INTERVAL_S):
+            if self._server is not None and not self._server.running():
+                restarts += 1
+                if restarts > MAX_RESTARTS:
+                    raise EngineError(f"the engine died {restarts} times in a row", op="supervise engine")
+                self._restart(self._server)
+                continue
+            routed = self._router.routed
+            serving = str(routed.version) if routed else ""
+            if routed is not None:
+                restarts = 0
+            if serving != told or time.monotonic() - told_at > HINT_INTERVAL_S:
+                self._tell("serving" if routed else "starting")
+                told_at, told = time.monotonic(), serving
+
+    def _restart(self, server: Server) -> None:
+        log.warning("engine died, starting it again")
+        self._agent.engine_lost()
+        self._tell("starting")
+        if not self._stopping.wait(RESTART_WAIT_S):
+            try:
+                server.start()
+            except EngineError as error:
+                log.warning("engine did not start: %s", error)
+            self._watcher.wake()
+
+    def _tell(self, state: str) -> None:
+        """Renew the node's hint; a store that refuses it costs nothing but the hint."""
+        routed, health = self._router.routed, self._agent.health
+        hint = {
+            "node": self._config.rollout.node,
+            "version": str(routed.version) if routed else None,
+            "served_since": health.served_since if routed else None,
+            "updated_at": self._clock(),
+            "engine": self._config.rollout.engine_url
+            or f"http://{self._config.rollout.host}:{self._config.rollout.port}",
+            "state": state,
+            "failures": health.failures,
+            "last_error": health.last_error,
+            "reloads": health.reloads,
+            "quarantined": [str(version) for version in sorted(self._agent.quarantined)],
+            "groups": self._sampler.groups if self._sampler else 0,
+        }
+        try:
+            self._catalog.store.put(self._catalog.layout.node(self._config.rollout.node), strict_json.dumps(hint))
+        except StoreError as error:
+            log.warning("node hint: %s", error)
