@@ -16,6 +16,8 @@ setup: ## make the virtual environment (3 GB, two to three minutes); does nothin
 demo: setup ## train, publish, serve, score and replay on this machine
 	@"$(VENV)/bin/lorasync" demo $(ARGS)
 
+# Engines and trainers run side by side: more busy threads than cores make them crawl.
+test: export OMP_NUM_THREADS ?= 1
 test: setup ## run the tests
 	@"$(VENV)/bin/python" -m pytest $(ARGS)
 
