@@ -251,7 +251,7 @@ def to_toml(config: Config) -> str:
         lines.extend(f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables)
         for name, table in tables.items():
             lines.append(f"[{section.name}.{name}]")
-            lines.extend(f"{json.dumps(key)} = {_toml(value)}" for key, value in table.items())
+            lines.extend(f"{_quoted(key)} = {_toml(value)}" for key, value in table.items())
         lines.append("")
     return "\n".join(lines)
 
@@ -259,9 +259,14 @@ def to_toml(config: Config) -> str:
 def _toml(value: Any) -> str:
     """JSON's scalars and lists are TOML's; tables nested in options are written inline."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_quoted(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _quoted(value)
+
+
+def _quoted(scalar: Any) -> str:
+    """JSON's spelling, but for what TOML forbids: surrogate pairs in escapes, a bare DEL."""
+    return json.dumps(scalar, ensure_ascii=False).replace("\x7f", "\\u007f")

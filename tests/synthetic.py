@@ -44,11 +44,11 @@ def write_base(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return directory
 
 
-def factors(seed: int = 0) -> list[MegatronLora]:
+def factors(seed: int = 0, base: dict[str, Any] = BASE) -> list[MegatronLora]:
     """Every factor as a lone rank holds it; all values differ."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, inter, head = BASE["hidden_size"], BASE["moe_intermediate_size"], BASE["head_dim"]
-    q, kv = BASE["num_attention_heads"] * head, BASE["num_key_value_heads"] * head
+    hidden, inter, head = base["hidden_size"], base["moe_intermediate_size"], base["head_dim"]
+    q, kv = base["num_attention_heads"] * head, base["num_key_value_heads"] * head
     sizes = {
         "linear_qkv": (hidden, q + 2 * kv),
         "linear_proj": (q, hidden),
@@ -56,9 +56,9 @@ def factors(seed: int = 0) -> list[MegatronLora]:
         "linear_fc2": (inter, hidden),
     }
     made = []
-    for layer in range(BASE["num_hidden_layers"]):
+    for layer in range(base["num_hidden_layers"]):
         for target, (n_in, n_out) in sizes.items():
-            for expert in range(BASE["num_experts"]) if "fc" in target else [None]:
+            for expert in range(base["num_experts"]) if "fc" in target else [None]:
                 lora_A = torch.randn((LORA.rank, n_in), generator=generator)
                 lora_B = torch.randn((n_out, LORA.rank), generator=generator)
                 made.append(MegatronLora(target, layer, expert, lora_A, lora_B))
