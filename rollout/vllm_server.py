@@ -1,0 +1,162 @@
+"""Starts, watches and stops the vLLM server of this rollout node.
+
+Promises: what can be refused is refused before the start, in one line; a server that dies is reported with the line of
+its log that says why; nothing of it outlives `stop` or this process. Does not: restart by itself, load adapters.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rollout.engine import VllmEngine
+from rollout.lifeline import ProcessGroup
+from rollout.vllm_settings import arguments, check_port, check_settings, environment
+from shared.config import LoraConfig, ModelConfig, RolloutConfig
+from shared.errors import EngineError
+
+STOP_GRACE_S = 15.0
+POLL_S = 0.25
+LOG_TAIL_BYTES = 64 * 1024
+
+Progress = Callable[[float, str], None]
+
+
+class VllmServer:
+    """This node's engine.
+
+        with VllmServer(config.model, config.lora, config.rollout, log_path) as server:
+            server.start(lambda seconds, line: print(f"{seconds:.0f} s  {line}"))
+            engine = server.engine()
+
+    Args:
+        log_path: the server's output is appended here.
+    """
+
+    def __init__(self, model: ModelConfig, lora: LoraConfig, rollout: RolloutConfig, log_path: Path) -> None:
+        self._model, self._lora, self._rollout, self.log_path = model, lora, rollout, log_path
+        self._group: ProcessGroup | None = None
+        self._log_start = 0
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self._rollout.host}:{self._rollout.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server process, None before `start`."""
+        return self._group.pid if self._group else None
+
+    def engine(self) -> VllmEngine:
+        """A client to it."""
+        return VllmEngine(self.url, timeout_s=self._rollout.request_timeout_s)
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Start it, again if it died, and wait until it is healthy.
+
+        Args:
+            progress: called about once a second with the seconds passed and the log's last line.
+
+        Raises:
+            UsageError: the configuration cannot work, or the port is taken.
+            EngineError: it died, or was not healthy within start_timeout_s.
+        """
+        self.stop()
+        check_settings(self._model, self._lora, self._rollout)
+        check_port(self._rollout.host, self._rollout.port)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        argv = [sys.executable, "-m", "rollout.vllm_launch", *arguments(self._model, self._rollout)]
+        self._group = ProcessGroup(argv, {**os.environ, **environment(self._rollout)}, self.log_path)
+        try:
+            self._wait_until_healthy(progress)
+        except BaseException:
+            self.stop()
+            raise
+
+    def alive(self) -> bool:
+        """Whether its process runs; not whether it answers."""
+        return self._group is not None and self._group.exit_code() is None
+
+    def death(self) -> EngineError:
+        """Why it is not alive, from its log."""
+        code = self._group.exit_code() if self._group else None
+        return EngineError(
+            f"vLLM died (exit code {code}): {telling_line(self._log())}",
+            op="serve",
+            key=str(self.log_path),
+            hint=f"The whole story is in {self.log_path}",
+            retryable=True,
+        )
+
+    def stop(self) -> None:
+        """Stop it and all its processes. Safe to call at any time."""
+        if self._group is not None:
+            self._group.stop(STOP_GRACE_S)
+            self._group = None
+
+    def __enter__(self) -> "VllmServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _wait_until_healthy(self, progress: Progress | None) -> None:
+        engine, began, told = VllmEngine(self.url, timeout_s=5.0), time.monotonic(), 0.0
+        while self.alive():
+            passed = time.monotonic() - began
+            try:
+                return engine.health()
+            except EngineError:
+                pass
+            if passed > self._rollout.start_timeout_s:
+                raise EngineError(
+                    f"vLLM was not healthy after {passed:.0f} s: {telling_line(self._log())}",
+                    op="start engine",
+                    key=str(self.log_path),
+                    hint="Raise rollout.start_timeout_s, or see the log",
+                )
+            if progress and passed - told >= 1.0:
+                told = passed
+                progress(passed, last_line(self._log()))
+            time.sleep(POLL_S)
+        raise self.death()
+
+    def _log(self) -> str:
+        """The tail of what this start has written."""
+        with self.log_path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+
+def last_line(log: str) -> str:
+    """The last line that says something, without vLLM's process and time prefix."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    return _bare(lines[-1]) if lines else "(the log is empty)"
+
+
+def telling_line(log: str) -> str:
+    """The line that names the cause: the last exception's, but not those that only point to one above it."""
+    lines = [_bare(line) for line in log.splitlines() if line.strip()]
+    for line, after in reversed(list(zip(lines, [*lines[1:], ""], strict=True))):
+        if _VALIDATION.search(line):
+            return after.strip()
+        if _EXCEPTION.match(line) and not _POINTER.search(line):
+            return line
+    return lines[-1] if lines else "(the log is empty)"
+
+
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*|^(INFO|WARNING|ERROR) \d\d-\d\d [\d:]+ \[[^\]]*\]\s?")
+_EXCEPTION = re.compile(r"^([\w.]*(Error|Exception|Interrupt)\b|[\w.]+: error:)")
+_VALIDATION = re.compile(r"\bValidationError: \d+ validation errors? for ")
+_POINTER = re.compile(r"(See root cause above|initialization failed|EngineDeadError)")
+
+
+def _bare(line: str) -> str:
+    while (shorter := _PREFIX.sub("", line, count=1)) != line:
+        line = shorter
+    return line.rstrip()
