@@ -34,8 +34,11 @@ def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:
     prompts = prompts[: config.rollout.heldout_limit]
     reward = load_reward(config.task.reward)
     done: list[Replayed] = []
-    with engine_for(config) as (engine, base_name):
-        delivery = Delivery(catalog, engine, engine_target(config, base_name))
+    with engine_for(config) as serving:
+        if serving.server is not None:
+            serving.server.start(lambda seconds, _: print(f"engine starting, {seconds:.0f} s", file=sys.stderr))
+        engine = serving.engine
+        delivery = Delivery(catalog, engine, engine_target(config, serving.base_name))
         max_tokens, seed = config.task.max_new_tokens, config.rollout.seed
         for one in replay(catalog, engine, delivery, chosen, prompts, reward, max_tokens=max_tokens, seed=seed):
             done.append(one)

@@ -1,0 +1,82 @@
+"""The engine of a command: the one at a URL, or a vLLM server of our own; and a node run on it."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout.engine import Engine, VllmEngine
+from rollout.node import Node
+from rollout.vllm_server import VllmServer
+from rollout.vllm_settings import BASE_NAME
+from shared.config import Config
+from shared.errors import EngineError
+
+START_TOLD_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Serving:
+    """An engine, its name of the base model, and the server behind it if that is ours."""
+
+    engine: Engine
+    base_name: str
+    server: VllmServer | None
+
+
+def serve(config: Config, *, sample: bool) -> None:
+    """Run a rollout node until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError: what can be seen before the engine starts: the store's URL, the prompts, the rank, the port.
+        LorasyncError: the store, the engine, or a part of the node failed for good.
+    """
+    with engine_for(config) as serving:
+        node = Node(config, serving.engine, serving.server, serving.base_name, sample=sample)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: node.stop())
+        if serving.server is not None:
+            serving.server.start(_tell)
+        node.run()
+
+
+@contextlib.contextmanager
+def engine_for(config: Config) -> Iterator[Serving]:
+    """The engine for as long as the block runs. A server of our own is made, not started, and stopped at the end.
+
+    Raises:
+        UsageError: `rollout.engine_url` is not a URL.
+        EngineError: the engine there does not answer.
+    """
+    url = config.rollout.engine_url
+    if url:
+        engine = VllmEngine(url, timeout_s=config.rollout.request_timeout_s)
+        yield Serving(engine, _base_name(engine, url), None)
+        return
+    with VllmServer(config.model, config.lora, config.rollout, _log_path(config)) as server:
+        yield Serving(server.engine(), BASE_NAME, server)
+
+
+def _base_name(engine: Engine, url: str) -> str:
+    """What somebody else's engine calls its base model: the first name that it lists.
+
+    Raises:
+        EngineError: it lists none, or does not answer.
+    """
+    names = engine.models()
+    if not names:
+        raise EngineError("the engine lists no model", op="find base model", key=url)
+    return names[0]
+
+
+def _log_path(config: Config) -> Path:
+    cache = Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync")
+    return cache / f"vllm-{config.rollout.node}.log"
+
+
+def _tell(seconds: float, line: str) -> None:
+    """Progress of the engine's start, now and then."""
+    if seconds % START_TOLD_EVERY_S < 1.0:
+        print(f"engine starting, {seconds:.0f} s: {line[:120]}", file=sys.stderr)
