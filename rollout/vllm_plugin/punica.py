@@ -106,8 +106,15 @@ class SlotwiseWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         scale: float,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """y += scale * x @ A^T @ B^T by the slot of every sampled row, in place."""
+        """y += scale * x @ A^T @ B^T by the slot of every sampled row, in place.
+
+        Prompt log-probabilities come through here as well, one request's prompt rows at a time, and vLLM does not say
+        whose. They get no lm_head delta: exact for every adapter that leaves lm_head alone. (Stock applies the deltas
+        of whatever rows are being sampled, or kills the engine when there are fewer rows than those.)
+        """
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        if len(x) != len(self.sampler_indices):
+            return
         for group in self._sampler_groups:
             _add(y, x, lora_a_stacked, lora_b_stacked, scale, group)
 
