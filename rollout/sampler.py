@@ -27,6 +27,8 @@ from shared.versions import Version, served_name
 
 log = logging.getLogger(__name__)
 
+FAILURE_WAIT_S = 1.0  # after a lost request: the engine is being restarted, or the store is away
+
 
 def prompt_stream(prompts: Sequence[Prompt], rng: random.Random) -> Iterator[Prompt]:
     """Every prompt once per round, each round in a new order, for ever."""
@@ -88,7 +90,8 @@ class Sampler:
                     done, running = wait(
                         running, timeout=self._config.store.poll_interval_s, return_when=FIRST_COMPLETED
                     )
-                    self._collect(done)
+                    if not self._collect(done):
+                        stopping.wait(FAILURE_WAIT_S)
                 elif begun == 0:
                     stopping.wait(self._config.store.poll_interval_s)
 
@@ -115,13 +118,16 @@ class Sampler:
             running.add(pool.submit(self._sample, [next(self._prompts) for _ in range(count)]))
         return count
 
-    def _collect(self, done: set[Future[int]]) -> None:
-        for future in done:
-            try:
-                self.groups += future.result()
-            except (EngineError, StoreError) as error:
-                self.failures += 1
-                log.warning("sampler: request lost: %s", error)
+    def _collect(self, done: set[Future[int]]) -> bool:
+        """Count finished requests; whether none was lost."""
+        lost = [error for future in done if (error := future.exception()) is not None]
+        self.groups += sum(future.result() for future in done if future.exception() is None)
+        self.failures += len(lost)
+        for error in lost:
+            if not isinstance(error, EngineError | StoreError):
+                raise error
+            log.warning("sampler: request lost: %s", error)
+        return not lost
 
     def _sample(self, prompts: Sequence[Prompt]) -> int:
         """Sample, score and put one file; returns its number of groups."""
