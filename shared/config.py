@@ -74,6 +74,7 @@ class TrainConfig:
     publish_every: int = 1
     max_staleness: int = 1
     lr: float = 1e-3
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 3
     max_grad_norm: float = 1.0

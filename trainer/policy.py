@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from publisher.convert import AdapterSlice, convert
 from shared.base_model import read_base_config
-from shared.config import Config
+from shared.config import Config, TrainConfig
 from shared.errors import Corrupt
 from shared.manifest import Canary
 from trainer.batch import Batch
@@ -30,6 +30,19 @@ from trainer.parallel_layout import ParallelLayout
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 CANARY_SEQUENCES, CANARY_TOKENS, CANARY_SEED = 4, 12, 20240607
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The rate of a step, counted from 1: linear over the first `warmup_steps`, then constant or a cosine to zero.
+
+    The cosine reaches zero one step after the last, so that the last still learns.
+    """
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    done = (step - train.warmup_steps) / (train.steps + 1 - train.warmup_steps)
+    return train.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 @dataclass(frozen=True)
@@ -78,13 +91,13 @@ class Policy:
         of the same forward pass.
 
         Args:
-            step: counted from 1; the learning rate rises linearly over the first `warmup_steps`.
+            step: counted from 1; see `learning_rate`.
 
         Raises:
             Corrupt: the loss or the gradient is not finite; the parameters are as before.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = self._train.lr * min(1.0, step / max(1, self._train.warmup_steps))
+            group["lr"] = learning_rate(self._train, step)
         current_BS = self._score(batch.tokens_BT)
         reference_BS = None
         if self._objective.kl_coefficient:
