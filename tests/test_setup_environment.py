@@ -219,10 +219,10 @@ def test_the_lock_is_exact_and_names_no_cuda_package_and_no_path() -> None:
 
 
 def test_this_environment_is_the_locked_one() -> None:
-    installed = {
-        re.sub(r"[-_.]+", "-", found.name).lower(): found.version.partition("+")[0]
-        for found in importlib.metadata.distributions()
-    }
+    installed: dict[str, str] = {}
+    for found in importlib.metadata.distributions():  # the first wins, as in import: setuptools carries old copies
+        name = re.sub(r"[-_.]+", "-", found.name).lower()
+        installed.setdefault(name, found.version.partition("+")[0])
     differing = {name: (pin, installed.get(name)) for name, pin in locked().items() if installed.get(name) != pin}
     assert not differing
     assert not [name for name in installed if re.match(r"nvidia|cuda", name)]
