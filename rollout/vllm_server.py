@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from rollout.engine import VllmEngine
@@ -77,12 +78,12 @@ class VllmServer:
             self.stop()
             raise
 
-    def alive(self) -> bool:
+    def running(self) -> bool:
         """Whether its process runs; not whether it answers."""
         return self._group is not None and self._group.exit_code() is None
 
     def death(self) -> EngineError:
-        """Why it is not alive, from its log."""
+        """Why it is not running, from its log."""
         code = self._group.exit_code() if self._group else None
         return EngineError(
             f"vLLM died (exit code {code}): {telling_line(self._log())}",
@@ -106,7 +107,7 @@ class VllmServer:
 
     def _wait_until_healthy(self, progress: Progress | None) -> None:
         engine, began, told = VllmEngine(self.url, timeout_s=5.0), time.monotonic(), 0.0
-        while self.alive():
+        while self.running():
             passed = time.monotonic() - began
             try:
                 return engine.health()
@@ -142,7 +143,7 @@ def last_line(log: str) -> str:
 def telling_line(log: str) -> str:
     """The line that names the cause: the last exception's, but not those that only point to one above it."""
     lines = [_bare(line) for line in log.splitlines() if line.strip()]
-    for line, after in reversed(list(zip(lines, [*lines[1:], ""], strict=True))):
+    for line, after in reversed(list(pairwise([*lines, ""]))):
         if _VALIDATION.search(line):
             return after.strip()
         if _EXCEPTION.match(line) and not _POINTER.search(line):

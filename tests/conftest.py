@@ -11,6 +11,8 @@ from s3_server import S3Server, running
 for _name in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
 
+pytest_plugins = ["engine_fixtures"]
+
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
