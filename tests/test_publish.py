@@ -23,7 +23,7 @@ from shared.fetch import WEIGHTS, fetch
 from shared.layout import Layout
 from shared.local_store import LocalStore
 from shared.manifest import Canary
-from shared.store import Store, open_store
+from shared.store import Entry, Store, open_store
 from shared.versions import Version
 
 WORLD = 3
@@ -333,6 +333,25 @@ def test_a_publisher_that_is_abandoned_gives_up_a_store_that_fails(tmp_path: Pat
     publisher.submit(0, slices(synthetic.factors(0)), training={})
     publisher.close(abandon=True)
     assert Catalog(store, synthetic.ADAPTER).newest() is None
+
+
+def test_a_publisher_that_is_abandoned_waits_for_no_other_rank(tmp_path: Path, base: Path):
+    class Watched(LocalStore):
+        looked_for_records = threading.Event()
+
+        def list(self, prefix: str) -> list[Entry]:
+            if "/data/" in prefix:
+                self.looked_for_records.set()
+            return super().list(prefix)
+
+    store = Watched(str(tmp_path / "store"))
+    publisher = synthetic.open_publisher(store, base, rank=Rank(0, WORLD))
+    publisher.submit(0, convert(synthetic.BASE, synthetic.rank_factors(synthetic.factors(0), 0, WORLD)), training={})
+    assert store.looked_for_records.wait(TIMEOUT_S)
+    closing = threading.Thread(target=publisher.close, kwargs={"abandon": True})
+    closing.start()
+    closing.join(TIMEOUT_S)  # a tenth of the time for which it would wait for the others' records
+    assert not closing.is_alive()
 
 
 def test_a_lasting_error_of_the_store_ends_the_publisher_and_the_next_submit_says_so(tmp_path: Path, base: Path):

@@ -194,7 +194,7 @@ class _Overwriting(MemoryFileSystem):  # type: ignore[misc]
     def _strip_protocol(cls, path: str) -> str:
         return str(MemoryFileSystem._strip_protocol(path.replace("overwriting://", "memory://")))
 
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:  # noqa: ARG002
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         super().pipe_file(path, value, mode="overwrite", **kwargs)
 
 
@@ -205,7 +205,7 @@ def test_a_store_that_overwrites_where_it_should_refuse_is_unfit():
 
 
 class _StaleLists(LocalStore):
-    def list(self, prefix: str) -> list[Any]:  # noqa: ARG002
+    def list(self, prefix: str) -> list[Any]:
         return []
 
 
