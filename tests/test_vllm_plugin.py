@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +123,9 @@ assert current_platform.get_punica_wrapper() == "rollout.vllm_plugin.punica.Slot
 def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     program = "import sys, rollout.vllm_plugin; assert not {'vllm', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_linear_wrapper_does_what_stock_does_and_leaves_base_rows_alone() -> None:
+    program = Path(__file__).with_name("wrapper_against_stock.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
