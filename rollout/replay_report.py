@@ -13,7 +13,7 @@ from rollout.delivery import Delivery
 from rollout.node import engine_target
 from rollout.plot import Curve, plot_rewards
 from rollout.replay import REPLAY_SCHEMA, Replayed, parse_range, replay
-from rollout.serve import engine_for
+from rollout.serve import engine_for, tell_start
 from rollout.tasks.prompts import load_prompts
 from rollout.tasks.reward import load_reward
 from shared.catalog import Catalog
@@ -36,7 +36,7 @@ def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:
     done: list[Replayed] = []
     with engine_for(config) as serving:
         if serving.server is not None:
-            serving.server.start(lambda seconds, _: print(f"engine starting, {seconds:.0f} s", file=sys.stderr))
+            serving.server.start(tell_start)
         engine = serving.engine
         delivery = Delivery(catalog, engine, engine_target(config, serving.base_name))
         max_tokens, seed = config.task.max_new_tokens, config.rollout.seed

@@ -38,7 +38,7 @@ def serve(config: Config, *, sample: bool) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop())
         if serving.server is not None:
-            serving.server.start(_tell)
+            serving.server.start(tell_start)
         node.run()
 
 
@@ -76,7 +76,7 @@ def _log_path(config: Config) -> Path:
     return cache / f"vllm-{config.rollout.node}.log"
 
 
-def _tell(seconds: float, line: str) -> None:
+def tell_start(seconds: float, line: str) -> None:
     """Progress of the engine's start, now and then."""
     if seconds % START_TOLD_EVERY_S < 1.0:
         print(f"engine starting, {seconds:.0f} s: {line[:120]}", file=sys.stderr)

@@ -18,7 +18,7 @@ def add_demo(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_store_arguments(parser, required=False)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for logs, plot, summary.json")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of the run that learns")
-    parser.add_argument("--frozen-steps", type=int, default=8, help="optimizer steps of the control")
+    parser.add_argument("--frozen-steps", type=int, default=20, help="optimizer steps of the control")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8000, help="port of vLLM's server")
     parser.set_defaults(run=_demo)
@@ -26,10 +26,10 @@ def add_demo(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from shared.arguments import store_options
 
     from rollout.demo.run import run_demo
     from rollout.demo.settings import DemoOptions
+    from shared.arguments import store_options
 
     demo = DemoOptions(
         out=options.out,

@@ -23,6 +23,14 @@ class Reward:
     final: bool
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """A receipt's times, Unix seconds."""
+
+    submitted_at: float
+    served_at: float
+
+
 @dataclass
 class RunState:
     """Everything a person asks while it runs."""
@@ -31,7 +39,16 @@ class RunState:
     published: list[Version] = field(default_factory=list)
     nodes: list[dict[str, Any]] = field(default_factory=list)
     rewards: list[Reward] = field(default_factory=list)
-    publish_to_served_s: dict[Version, float] = field(default_factory=dict)
+    deliveries: dict[Version, Delivery] = field(default_factory=dict)
+
+    @property
+    def publish_to_served_s(self) -> list[float]:
+        """From the end of the optimizer step to routed, per version that was published while an engine served.
+
+        Those published before any engine was up wait for it to start, which says nothing of delivery.
+        """
+        up = min((d.served_at for d in self.deliveries.values()), default=0.0)
+        return [d.served_at - d.submitted_at for d in self.deliveries.values() if d.submitted_at >= up]
 
     @property
     def done(self) -> bool:
@@ -45,7 +62,7 @@ class Progress:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._rewards: dict[str, Reward] = {}
-        self._served: dict[str, tuple[Version, float]] = {}
+        self._deliveries: dict[str, tuple[Version, Delivery]] = {}
 
     def read(self) -> RunState:
         """The state now.
@@ -67,15 +84,16 @@ class Progress:
                 )
         for entry in store.list(layout.receipts):
             version = version_of(entry.key)
-            if version and entry.key not in self._served:
+            if version and entry.key not in self._deliveries:
                 receipt = strict_json.load_object(store.get(entry.key), key=entry.key, max_bytes=MAX_HINT_BYTES)
-                self._served[entry.key] = version, float(receipt["publish_to_served_s"])
+                times = Delivery(float(receipt["submitted_at"]), float(receipt["served_at"]))
+                self._deliveries[entry.key] = version, times
         return RunState(
             trainer=self._catalog.progress() or {},
             published=self._catalog.versions(),
             nodes=self._catalog.nodes(),
             rewards=sorted(self._rewards.values(), key=lambda reward: (reward.version, reward.final)),
-            publish_to_served_s=dict(self._served.values()),
+            deliveries=dict(self._deliveries.values()),
         )
 
 

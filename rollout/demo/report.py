@@ -22,10 +22,10 @@ def summarise(
         "final_reward_greedy": main.rewards[-1].greedy,
         "frozen_final_reward": frozen.rewards[-1].sampled,
         "versions_published": len(main.published),
-        "versions_served": len(main.publish_to_served_s),
+        "versions_served": len(main.deliveries),
         "every_version_verified": verified,
         "steps": int(main.trainer["step"]),
-        "publish_to_served_s": percentiles(list(main.publish_to_served_s.values())),
+        "publish_to_served_s": percentiles(main.publish_to_served_s),
         "staleness": {"mean": main.trainer["staleness_mean"], "max": main.trainer["staleness_max"]},
         "base_model_unchanged": bool(main.trainer.get("base_model_unchanged"))
         and bool(frozen.trainer.get("base_model_unchanged")),

@@ -21,7 +21,7 @@ POLL_S = 0.5
 RUN_TIMEOUT_S = 1800.0
 # Expected seconds, measured on two cores; the live view corrects them by the run's own rate.
 LEARN, CONTROL, REPLAY, VERIFY = "train and serve", "control: publishing frozen", "replay every version", "verify"
-PHASES = ((LEARN, 300.0), (CONTROL, 80.0), (REPLAY, 120.0), (VERIFY, 5.0))
+PHASES = ((LEARN, 95.0), (CONTROL, 60.0), (REPLAY, 80.0), (VERIFY, 3.0))
 
 
 def run_demo(options: DemoOptions, console: Console) -> None:
@@ -38,7 +38,8 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     out = options.out
     main_file = write_config(config, out / "main.toml")
     frozen_file = write_config(frozen_config(options), out / "frozen.toml")
-    console.print(f"store {config.store.url}, adapter {config.store.adapter}; logs in {out / 'logs'}", highlight=False)
+    where = f"store {config.store.url}, adapter {config.store.adapter}; logs in {out / 'logs'}"
+    console.print(where, highlight=False, soft_wrap=True)
     view = View(console, PHASES)
     with view.showing():
         view.phase(LEARN)
@@ -68,11 +69,12 @@ def run_demo(options: DemoOptions, console: Console) -> None:
         f"reward {summary['base_reward']:.3f} -> {summary['final_reward']:.3f}",
         f"frozen control stays at {summary['frozen_final_reward']:.3f}",
         f"{summary['versions_published']} versions published, {summary['versions_served']} served",
-        f"publish to served p50 {summary['publish_to_served_s']['p50']:.2f} s",
+        f"publish to served p50 {summary['publish_to_served_s']['p50']:.2f} s, "
+        f"p99 {summary['publish_to_served_s']['p99']:.2f} s",
         f"wall {summary['wall_s']:.0f} s",
     )
-    console.print("\n".join(lines), highlight=False)
-    console.print(f"wrote {out / 'summary.json'} and {out / 'rewards.png'}", highlight=False)
+    written = f"wrote {out / 'summary.json'} and {out / 'rewards.png'}"
+    console.print("\n".join((*lines, written)), highlight=False, soft_wrap=True)
     problems = shortfalls(summary)
     if problems:
         raise NotConverged("; ".join(problems), op="demo", hint=f"See {out / 'logs'}")

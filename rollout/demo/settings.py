@@ -31,7 +31,7 @@ class DemoOptions:
     store_url: str = ""
     store_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 40
-    frozen_steps: int = 8
+    frozen_steps: int = 20
     seed: int = 0
     port: int = 8000
 

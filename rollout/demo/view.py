@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -47,7 +48,8 @@ class View:
         self._phase = [phase for phase, _ in self._phases].index(name)
         self._began = time.monotonic()
         number = f"[{self._phase + 1}/{len(self._phases)}]"
-        self._console.print(f"{number} {name} [dim](about {self._left(None):.0f} s left in all)[/dim]", highlight=False)
+        left = f"[dim](about {self._left(None):.0f} s left in all)[/dim]"
+        self._console.print(escape(number), name, left, highlight=False, soft_wrap=True)
 
     def update(self, state: RunState | None = None, note: str = "") -> None:
         """Show the state of the run, or of a phase that has none."""
@@ -56,7 +58,8 @@ class View:
             return
         line = self._line(state) if state else note
         if line and line != self._last_line:
-            self._console.print(f"  {time.monotonic() - self._run_began:5.0f} s  {line}", highlight=False)
+            passed = time.monotonic() - self._run_began
+            self._console.print(f"  {passed:5.0f} s  {line}", highlight=False, soft_wrap=True)
             self._last_line = line
 
     def _left(self, state: RunState | None) -> float:
@@ -96,15 +99,16 @@ class View:
         )
 
     def _line(self, state: RunState) -> str:
+        """One line per evaluated version: what a log needs, and no more."""
         if not state.trainer:
             return ""
-        serving = ", ".join(
-            f"{node['node']} serves {node.get('version') or '-'} ({_lag(node, state)} behind)" for node in state.nodes
-        )
         last = state.rewards[-1] if state.rewards else None
-        reward = f"; reward of {last.version}: {last.sampled:.3f}" if last else ""
-        steps = f"step {state.trainer.get('step', 0)}/{state.trainer.get('steps', '?')}"
-        return f"{steps}; {len(state.published)} versions published; {serving or 'no node yet'}{reward}"
+        if last is None:
+            serving = [f"{node['node']} serves {node.get('version') or 'nothing yet'}" for node in state.nodes]
+            return f"{len(state.published)} versions published; {', '.join(serving) or 'the engine is starting'}"
+        final = " after training" if last.final else ""
+        newest = state.published[-1]
+        return f"reward of {last.version}{final}: {last.sampled:.3f} (greedy {last.greedy:.3f}), latest is {newest}"
 
 
 def rewards_table(rewards: Sequence[Reward]) -> Table:
@@ -113,7 +117,7 @@ def rewards_table(rewards: Sequence[Reward]) -> Table:
     for reward in rewards:
         label = f"{reward.version} (final)" if reward.final else str(reward.version)
         sampled = f"{reward.sampled:.3f} ± {reward.error:.3f}"
-        table.add_row(label, f"{reward.greedy:.3f}", sampled, "█" * round(reward.sampled * 30))
+        table.add_row(label, f"{reward.greedy:.3f}", sampled, "█" * round(reward.sampled * 20))
     return table
 
 
