@@ -139,7 +139,7 @@ class Sampler:
                 [list(prompt.token_ids) for prompt in prompts],
                 n=self._config.train.group_size,
                 max_tokens=self._config.task.max_new_tokens,
-                temperature=self._config.task.temperature,
+                temperature=1.0,
             )
         return self._put(manifest, prompts, completions)
 

@@ -24,6 +24,11 @@ Section = TypeVar("Section")
 ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
+def _at_least(low: float, default: Any) -> Any:
+    """A field with a default and a lower bound, which `parse` checks."""
+    return field(default=default, metadata={"at_least": low})
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Where versions live. `options` go to the fsspec filesystem as they are (endpoint_url, key, secret, ...)."""
@@ -31,8 +36,8 @@ class StoreConfig:
     url: str
     adapter: str = "policy"
     options: Mapping[str, Any] = field(default_factory=dict)
-    poll_interval_s: float = 1.0
-    list_interval_s: float = 30.0
+    poll_interval_s: float = _at_least(0, 1.0)
+    list_interval_s: float = _at_least(0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -47,47 +52,49 @@ class ModelConfig:
 class LoraConfig:
     """Adapter shape. `targets` are Megatron-Core linear names; `encoding` is the dtype on the wire."""
 
-    rank: int = 8
-    alpha: int = 16
+    rank: int = _at_least(1, 8)
+    alpha: int = _at_least(1, 16)
     targets: tuple[str, ...] = ALL_LINEAR
     encoding: Literal["bf16", "fp32"] = "bf16"
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is learned: prompt files (JSONL or Parquet, by URL) and a reward function (`module:function`)."""
+    """What is learned: prompt files (JSONL or Parquet, by URL) and a reward function (`module:function`).
+
+    Sampling is at temperature 1: there the engine's log-probabilities are those of the policy that sampled.
+    """
 
     train_prompts: str
     heldout_prompts: str
     reward: str
-    max_new_tokens: int
-    temperature: float = 1.0
+    max_new_tokens: int = field(metadata={"at_least": 1})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The trainer. One optimizer step takes `prompts_per_step` groups of `group_size` completions."""
 
-    steps: int = 40
-    prompts_per_step: int = 32
-    group_size: int = 8
-    publish_every: int = 1
-    max_staleness: int = 1
-    lr: float = 1e-3
+    steps: int = _at_least(1, 40)
+    prompts_per_step: int = _at_least(1, 32)
+    group_size: int = _at_least(1, 8)
+    publish_every: int = _at_least(1, 1)
+    max_staleness: int = _at_least(0, 1)
+    lr: float = _at_least(0, 1e-3)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 3
-    max_grad_norm: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    behaviour_cap: float = 2.0
-    kl_coefficient: float = 0.0
-    checkpoint_every: int = 5
+    warmup_steps: int = _at_least(0, 3)
+    max_grad_norm: float = _at_least(0, 1.0)
+    clip_low: float = _at_least(0, 0.2)
+    clip_high: float = _at_least(0, 0.28)
+    behaviour_cap: float = _at_least(0, 2.0)
+    kl_coefficient: float = _at_least(0, 0.0)
+    checkpoint_every: int = _at_least(1, 5)
     seed: int = 0
-    threads: int = 1
-    queue_versions: int = 1
+    threads: int = _at_least(1, 1)
+    queue_versions: int = _at_least(1, 1)
     on_full_queue: Literal["wait", "skip"] = "wait"
-    take_timeout_s: float = 600.0
+    take_timeout_s: float = _at_least(0, 600.0)
 
 
 @dataclass(frozen=True)
@@ -98,20 +105,20 @@ class RolloutConfig:
     cache_dir: str = ""
     engine_url: str = ""
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = _at_least(1, 8000)
     engine_args: tuple[str, ...] = ()
-    max_lora_rank: int = 16
-    max_loras: int = 3
-    max_cpu_loras: int = 8
-    max_model_len: int = 128
-    max_num_seqs: int = 256
-    threads: int = 1
-    start_timeout_s: float = 300.0
-    request_timeout_s: float = 120.0
-    groups_per_request: int = 8
-    max_concurrent_groups: int = 32
-    heldout_limit: int = 512
-    quarantine_after: int = 3
+    max_lora_rank: int = _at_least(1, 16)
+    max_loras: int = _at_least(1, 3)
+    max_cpu_loras: int = _at_least(1, 8)
+    max_model_len: int = _at_least(1, 4096)
+    max_num_seqs: int = _at_least(1, 256)
+    threads: int = _at_least(1, 1)
+    start_timeout_s: float = _at_least(0, 300.0)
+    request_timeout_s: float = _at_least(0, 120.0)
+    groups_per_request: int = _at_least(1, 8)
+    max_concurrent_groups: int = _at_least(1, 32)
+    heldout_limit: int = _at_least(0, 512)
+    quarantine_after: int = _at_least(1, 3)
     seed: int = 0
 
 
@@ -188,6 +195,9 @@ def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -
     for name, spec in fields.items():
         if name in mapping:
             values[name] = _value(hints[name], mapping[name], prefix + name)
+            if "at_least" in spec.metadata and values[name] < spec.metadata["at_least"]:
+                problem = f"{prefix}{name} must be at least {spec.metadata['at_least']}, not {values[name]!r}"
+                raise UsageError(problem, op="read config")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UsageError(
                 f"missing key {prefix}{name}", op="read config", hint=f"Add {name} under [{where or 'file'}]"

@@ -1,10 +1,11 @@
 """The configuration file and what overrides it: names, types, and messages that say what to write instead."""
 
 import argparse
+import tomllib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -194,3 +195,19 @@ def test_store_options_are_toml_values_or_plain_text_and_nest_at_dots():
         "client_kwargs": {"verify": "no"},
         "a": "b=c",
     }
+
+
+@pytest.mark.parametrize("setting", ["lora.rank=0", "train.queue_versions=0", "train.group_size=-1", "rollout.port=0"])
+def test_a_number_out_of_range_is_refused_by_name(file: Path, setting: str) -> None:
+    dotted, _, value = setting.partition("=")
+    with pytest.raises(UsageError, match=f"{dotted} must be at least"):
+        load_config(file, {dotted: int(value)})
+
+
+def test_the_documented_file_names_every_key_and_is_valid() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    example = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
+    parse(Config, example)
+    for section in fields(Config):
+        named = set(example[section.name])
+        assert named == {f.name for f in fields(get_type_hints(Config)[section.name])}, section.name

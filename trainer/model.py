@@ -153,12 +153,11 @@ def placement(model: nn.Module) -> Placement:
     )
 
 
-def token_logp(model: nn.Module, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logp(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """Score every token given those before it.
 
     Args:
         tokens_BT: int64, padded on the right: attention is causal, so padding reaches no token before it.
-        temperature: logits are divided by it, as the sampler does.
 
     Returns:
         logp_BS, float32: entry [b, s] is log p(tokens[b, s + 1] | tokens[b, : s + 1]).
@@ -169,6 +168,6 @@ def token_logp(model: nn.Module, tokens_BT: Tensor, temperature: float = 1.0) ->
     position_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
     hidden_11TT = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).triu(1)[None, None]
     logits_BTV: Tensor = model(tokens_BT, position_BT, hidden_11TT)
-    logits_SBV = logits_BTV[:, :-1].float().div(temperature).transpose(0, 1).contiguous()
+    logits_SBV = logits_BTV[:, :-1].float().transpose(0, 1).contiguous()
     loss_SB: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits_SBV, tokens_BT[:, 1:].T.contiguous())
     return -loss_SB.T

@@ -182,7 +182,7 @@ class Policy:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _score(self, tokens_BT: Tensor) -> Tensor:
-        return token_logp(self.model, tokens_BT, self._config.task.temperature)
+        return token_logp(self.model, tokens_BT)
 
     @contextmanager
     def _wire_values(self) -> Iterator[None]:

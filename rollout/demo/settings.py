@@ -51,7 +51,11 @@ def main_config(options: DemoOptions) -> Config:
         lora=LoraConfig(rank=8, alpha=16),
         train=TrainConfig(steps=options.steps, publish_every=2, max_staleness=1, seed=options.seed),
         rollout=RolloutConfig(
-            cache_dir=str(options.out.absolute() / "cache"), port=options.port, seed=options.seed, max_lora_rank=8
+            cache_dir=str(options.out.absolute() / "cache"),
+            port=options.port,
+            seed=options.seed,
+            max_lora_rank=8,
+            max_model_len=128,
         ),
     )
 

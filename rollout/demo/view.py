@@ -28,6 +28,7 @@ class View:
     def __init__(self, console: Console, phases: Sequence[tuple[str, float]]) -> None:
         self._console, self._phases = console, list(phases)
         self._phase, self._began = 0, time.monotonic()
+        self._first_step: tuple[int, float] | None = None  # of this phase, and when it was seen
         self._live: Live | None = None
         self._last_line = ""
         self._run_began = time.monotonic()
@@ -46,7 +47,7 @@ class View:
     def phase(self, name: str) -> None:
         """Begin a phase."""
         self._phase = [phase for phase, _ in self._phases].index(name)
-        self._began = time.monotonic()
+        self._began, self._first_step = time.monotonic(), None
         number = f"[{self._phase + 1}/{len(self._phases)}]"
         left = f"[dim](about {self._left(None):.0f} s left in all)[/dim]"
         self._console.print(escape(number), name, left, highlight=False, soft_wrap=True)
@@ -68,9 +69,11 @@ class View:
         expected = self._phases[self._phase][1]
         elapsed = time.monotonic() - self._began
         step, steps = (int(state.trainer.get(k, 0)) for k in ("step", "steps")) if state else (0, 0)
-        if state and step and steps:
-            started = float(state.trainer["started_at"])
-            return later + (time.time() - started) / step * (steps - step)
+        if step and self._first_step is None:
+            self._first_step = step, time.monotonic()
+        if self._first_step is not None and step > self._first_step[0]:
+            first, since = self._first_step
+            return later + (time.monotonic() - since) / (step - first) * (steps - step)
         return later + max(0.0, expected - elapsed)
 
     def _panel(self, state: RunState | None, note: str) -> RenderableType:
