@@ -50,7 +50,7 @@ def shortfalls(summary: Summary) -> list[str]:
         <= BASE_REWARD_AT_MOST,
         f"frozen_final_reward {summary['frozen_final_reward']:.3f} is above {bound:.3f}": summary["frozen_final_reward"]
         <= bound,
-        "a published version failed verification": summary["every_version_verified"],
+        "not every published version was verified": summary["every_version_verified"],
         "the base model changed": summary["base_model_unchanged"],
         "replay does not match what was recorded": summary["replay_matches"],
     }

@@ -47,17 +47,17 @@ def run_demo(options: DemoOptions, console: Console) -> None:
         view.phase(CONTROL)
         frozen = _run(frozen_config(options), frozen_file, out / "logs" / "frozen", view, frozen=True)
         view.phase(REPLAY)
-        replayed = _command(
+        replay_failure = _command(
             ["replay", "--config", str(main_file), "--versions", "all", "--out", str(out / "replay")], view, out
         )
         view.phase(VERIFY)
         arguments = ["verify", "--config", str(main_file), "--all", "--base", config.model.path]
-        verified = _command(arguments, view, out)
+        verify_failure = _command(arguments, view, out)
     summary = summarise(
         main,
         frozen,
-        verified=verified,
-        replay_matches=replayed,
+        verified=not verify_failure,
+        replay_matches=not replay_failure,
         wall_s=time.monotonic() - began,
         store_url=config.store.url,
         seed=options.seed,
@@ -75,7 +75,7 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     )
     written = f"wrote {out / 'summary.json'} and {out / 'rewards.png'}"
     console.print("\n".join((*lines, written)), highlight=False, soft_wrap=True)
-    problems = shortfalls(summary)
+    problems = [*shortfalls(summary), *filter(None, (replay_failure, verify_failure))]
     if problems:
         raise NotConverged("; ".join(problems), op="demo", hint=f"See {out / 'logs'}")
 
@@ -106,8 +106,8 @@ def _run(config: Config, file: Path, logs: Path, view: View, *, frozen: bool = F
     return state
 
 
-def _command(arguments: list[str], view: View, out: Path) -> bool:
-    """Run a command to its end, showing its last line; whether it succeeded."""
+def _command(arguments: list[str], view: View, out: Path) -> str:
+    """Run a command to its end, showing its last line; how it failed, or nothing."""
     log = out / "logs" / f"{arguments[0]}.log"
     with Child(arguments, log) as child:
         try:
@@ -116,6 +116,5 @@ def _command(arguments: list[str], view: View, out: Path) -> bool:
                 view.update(note=lines[-1] if lines else f"lorasync {arguments[0]}: starting")
                 time.sleep(POLL_S)
         except LorasyncError as error:
-            view.update(note=str(error))
-            return False
-    return True
+            return error.message
+    return ""
