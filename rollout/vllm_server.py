@@ -145,7 +145,7 @@ def telling_line(log: str) -> str:
     lines = [_bare(line) for line in log.splitlines() if line.strip()]
     for line, after in reversed(list(pairwise([*lines, ""]))):
         if _VALIDATION.search(line):
-            return after.strip()
+            return after.split(" [type=")[0].strip()
         if _EXCEPTION.match(line) and not _POINTER.search(line):
             return line
     return lines[-1] if lines else "(the log is empty)"

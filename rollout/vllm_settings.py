@@ -8,6 +8,7 @@ a C++ compiler, for code that then runs no faster.
 
 import errno
 import hashlib
+import json
 import socket
 from importlib import metadata, util
 from pathlib import Path
@@ -18,6 +19,8 @@ from shared.errors import UsageError
 BASE_NAME = "base"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MIN_LORAS = 2  # the version that serves and the one that comes
+CPU_BLOCK_TOKENS = 128
+MAX_KV_CACHE_BYTES = 1024**3  # more only if one sequence needs it
 
 
 def arguments(model: ModelConfig, rollout: RolloutConfig) -> list[str]:
@@ -35,9 +38,27 @@ def arguments(model: ModelConfig, rollout: RolloutConfig) -> list[str]:
         "max-lora-rank": rollout.max_lora_rank,
         "seed": sampling_seed(rollout),
     }
+    if is_cpu_build():
+        flags["kv-cache-memory-bytes"] = kv_cache_bytes(model, rollout)
     pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     switches = ["--enable-lora", "--enforce-eager", "--disable-uvicorn-access-log"]
     return [*pairs, *switches, *rollout.engine_args]
+
+
+def kv_cache_bytes(model: ModelConfig, rollout: RolloutConfig) -> int:
+    """KV cache for max_num_seqs sequences of max_model_len, or as many as fit a bound; resident from the start.
+
+    Formula: layers x (K and V) x KV heads x head size x bytes a number, for every token of every block of 128, and one
+    block more that vLLM keeps for itself.
+    """
+    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    number_bytes = {"float32": 4, "bfloat16": 2}[model.dtype]
+    token_bytes = int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * number_bytes
+    block_bytes = token_bytes * CPU_BLOCK_TOKENS
+    sequence_bytes = -(-rollout.max_model_len // CPU_BLOCK_TOKENS) * block_bytes
+    return max(sequence_bytes, min(rollout.max_num_seqs * sequence_bytes, MAX_KV_CACHE_BYTES)) + block_bytes
 
 
 def sampling_seed(rollout: RolloutConfig) -> int:
@@ -57,7 +78,6 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
     }
     if is_cpu_build():
         settings |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound threads of two processes land on the same core
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "TORCHDYNAMO_DISABLE": "1",

@@ -54,7 +54,7 @@ def group_members(group: int) -> list[str]:
 def vllm_server(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """A healthy server of the tiny model in fp32, LoRA on, on a free port."""
     log_path = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_num_seqs=64)
+    rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_model_len=128, max_num_seqs=64)
     with VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), rollout, log_path) as server:
         server.start()
         yield server

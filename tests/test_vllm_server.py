@@ -13,7 +13,7 @@ from engine_fixtures import free_port, group_members, wait_until
 
 from rollout.lifeline import ProcessGroup
 from rollout.vllm_server import VllmServer, last_line, telling_line
-from rollout.vllm_settings import arguments, check_port, check_settings, sampling_seed
+from rollout.vllm_settings import arguments, check_port, check_settings, kv_cache_bytes, sampling_seed
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
 from shared.errors import EngineError, UsageError
 
@@ -83,10 +83,21 @@ def test_a_port_that_was_just_given_back_is_free() -> None:
     check_port("127.0.0.1", port)
 
 
-def test_engine_args_come_last_so_that_they_win() -> None:
-    words = arguments(ModelConfig("/base"), RolloutConfig(engine_args=("--max-model-len", "64")))
+def test_engine_args_come_last_so_that_they_win(tiny_hf: Path) -> None:
+    words = arguments(ModelConfig(str(tiny_hf)), RolloutConfig(engine_args=("--max-model-len", "64")))
     assert words[-2:] == ["--max-model-len", "64"]
-    assert words[words.index("--model") + 1] == "/base"
+    assert words[words.index("--model") + 1] == str(tiny_hf)
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "max_num_seqs", "blocks"), [(129, 256, 2 * 256), (32768, 256, 4096), (10**6, 1, 7813)]
+)
+def test_the_kv_cache_holds_all_sequences_or_a_gigabyte_but_one_at_least(
+    max_model_len: int, max_num_seqs: int, blocks: int, tiny_hf: Path
+) -> None:
+    """4 layers x 2 x 2 KV heads x 32 x 4 bytes = 2048 bytes a token, 128 tokens a block, a block to spare."""
+    rollout = RolloutConfig(max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+    assert kv_cache_bytes(ModelConfig(str(tiny_hf)), rollout) == (blocks + 1) * 128 * 2048
 
 
 def test_nodes_draw_different_samples_and_a_node_always_the_same() -> None:
@@ -112,7 +123,9 @@ def test_the_telling_line_is_the_cause_and_not_what_points_to_it() -> None:
 
 
 def test_a_validation_error_tells_with_its_second_line() -> None:
-    log = "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, no such model\n"
+    log = (
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, no such model [type=x, y]\n"
+    )
     assert telling_line(LOG + log) == "Value error, no such model"
 
 
@@ -193,7 +206,7 @@ import sys
 from pathlib import Path
 from rollout.vllm_server import VllmServer
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
-rollout = RolloutConfig(port=int(sys.argv[2]), start_timeout_s=240)
+rollout = RolloutConfig(port=int(sys.argv[2]), start_timeout_s=240, max_model_len=128)
 server = VllmServer(ModelConfig(sys.argv[1]), LoraConfig(), rollout, Path(sys.argv[3]))
 server.start()
 print(server.pid, flush=True)
@@ -218,7 +231,7 @@ def test_a_killed_node_leaves_no_engine(tiny_hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_killed_server_leaves_no_engine_and_is_noticed(tiny_hf: Path, tmp_path: Path) -> None:
-    rollout = RolloutConfig(port=free_port(), start_timeout_s=240)
+    rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_model_len=128)
     with VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), rollout, tmp_path / "vllm.log") as server:
         server.start()
         assert server.pid is not None
