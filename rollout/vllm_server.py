@@ -21,6 +21,7 @@ from shared.errors import EngineError
 STOP_GRACE_S = 15.0
 POLL_S = 0.25
 LOG_TAIL_BYTES = 64 * 1024
+MAX_CAUSE_CHARS = 240
 
 Progress = Callable[[float, str], None]
 
@@ -141,7 +142,11 @@ def last_line(log: str) -> str:
 
 
 def telling_line(log: str) -> str:
-    """The line that names the cause: the last exception's, but not those that only point to one above it."""
+    """The line that names the cause, cut short: the last exception's, but none that only points to one above it."""
+    return _cause(log)[:MAX_CAUSE_CHARS]
+
+
+def _cause(log: str) -> str:
     lines = [_bare(line) for line in log.splitlines() if line.strip()]
     for line, after in reversed(list(pairwise([*lines, ""]))):
         if _VALIDATION.search(line):
