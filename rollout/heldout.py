@@ -24,6 +24,7 @@ from shared.versions import served_name
 log = logging.getLogger(__name__)
 
 FINAL_SEED_OFFSET = 1_000_000
+DONE_POLL_S = 1.0  # between looks whether the trainer is done
 
 
 class Heldout:
@@ -58,7 +59,7 @@ class Heldout:
         """Evaluate until told to stop; when the trainer says it is done, once more with other seeds."""
         while not stopping.is_set():
             try:
-                manifest = self._waiting.get(timeout=self._config.store.poll_interval_s)
+                manifest = self._waiting.get(timeout=DONE_POLL_S)
             except queue.Empty:
                 self._evaluate_final()
                 continue
@@ -71,12 +72,15 @@ class Heldout:
 
     def _evaluate_final(self) -> None:
         """The served policy after the end of training, measured afresh: what a frozen run must show to be flat."""
+        if self._final_done:
+            return
         try:
             progress = self._catalog.progress()
+            if not progress or not progress.get("done"):
+                return
             newest = self._catalog.hint()
             with self._router.lease() as manifest:
-                done = bool(progress and progress.get("done"))
-                if self._final_done or not done or manifest is None or not newest or newest[0] != manifest.version:
+                if manifest is None or not newest or newest[0] != manifest.version:
                     return
                 seed = self._config.rollout.seed + FINAL_SEED_OFFSET
                 self._evaluate(manifest, f"{self._config.rollout.node}.final", seed)

@@ -30,7 +30,7 @@ from shared.base_model import identify, read_base_config
 from shared.catalog import Catalog, check_layout
 from shared.config import Config
 from shared.errors import EngineError, LorasyncError, StoreError
-from shared.store import open_store, probe
+from shared.stores import open_store, probe
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,15 @@ under version v may go on until (eta + v + 1) B groups exist. Here a version hol
 `prompts_per_step`, and "v B" is what the trainer had taken when it published the version that is served, which its
 manifest says. That stays right when a restarted trainer goes back to a checkpoint. Groups that the trainer dropped as
 too stale are not counted as existing.
+
+What exists is known from a listing of all trajectories, which grows with the run, so it is asked for every few seconds
+and not before every request; a node's own files are counted as they are put. So a lone node's count is always exact,
+and in a fleet each node learns a little late what the others put, as it does of what they have running.
 """
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +21,8 @@ from shared.config import TrainConfig
 from shared.layout import Layout
 from shared.manifest import Manifest
 from shared.store import Store
+
+LIST_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,42 @@ def groups_of(key: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def produced_groups(store: Store, layout: Layout) -> int:
-    """Groups that any node ever put: one listing."""
-    return sum(groups_of(entry.key) for entry in store.list(f"{layout.adapter}/trajectories"))
+class ProducedGroups:
+    """Counts the groups that any node ever put. May be used from any thread.
+
+    Args:
+        list_every_s: how late another node's files may be counted.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        list_every_s: float = LIST_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._layout, self._list_every_s, self._clock = store, layout, list_every_s, clock
+        self._lock = threading.Lock()
+        self._listed = 0
+        self._listed_at: float | None = None
+        self._own: set[str] = set()  # keys that the last listing did not show
+
+    def add(self, key: str) -> None:
+        """Count a file that this node has put."""
+        with self._lock:
+            self._own.add(key)
+
+    def count(self) -> int:
+        """Groups known to exist, after a listing where one is due.
+
+        Raises:
+            StoreError: the listing failed; the next call lists again.
+        """
+        now = self._clock()
+        if self._listed_at is None or now - self._listed_at >= self._list_every_s:
+            keys = {entry.key for entry in self._store.list(self._layout.all_trajectories)}
+            with self._lock:
+                self._listed, self._listed_at = sum(map(groups_of, keys)), now
+                self._own -= keys
+        with self._lock:
+            return self._listed + sum(map(groups_of, self._own))

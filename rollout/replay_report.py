@@ -18,7 +18,7 @@ from rollout.tasks.prompts import load_prompts
 from rollout.tasks.reward import load_reward
 from shared.catalog import Catalog
 from shared.config import Config
-from shared.store import open_store
+from shared.stores import open_store
 
 
 def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from rollout.engine import Completion, Engine
-from rollout.pace import Groups, capacity, produced_groups, taken_when_published, trajectory_key
+from rollout.pace import Groups, ProducedGroups, capacity, taken_when_published, trajectory_key
 from rollout.router import Router
 from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
@@ -72,6 +72,7 @@ class Sampler:
         self._catalog, self._engine, self._router, self._config = catalog, engine, router, config
         self._reward, self._paused = reward, paused
         self._prompts = prompt_stream(prompts, random.Random(f"{config.rollout.seed}/{config.rollout.node}"))
+        self._produced = ProducedGroups(catalog.store, catalog.layout)
         self._life = uuid.uuid4().hex[:8]
         self._sequence = 0
         self._sequence_lock = threading.Lock()
@@ -103,7 +104,7 @@ class Sampler:
             return 0
         try:
             progress = self._catalog.progress()
-            produced = produced_groups(self._catalog.store, self._catalog.layout)
+            produced = self._produced.count()
         except StoreError as error:
             log.warning("sampler: %s", error)
             return 0
@@ -156,4 +157,5 @@ class Sampler:
         ]
         key = trajectory_key(self._catalog.layout, manifest, node, self._life, sequence, len(prompts))
         self._catalog.store.put_if_absent(key, trajectories.encode(samples))
+        self._produced.add(key)
         return len(prompts)

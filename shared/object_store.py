@@ -66,7 +66,7 @@ class ObjectStore:
 
     def get(self, key: str) -> bytes:
         path = self._path(key)
-        return self._attempt("get", key, lambda: cast(bytes, self._fs.cat_file(path)))
+        return self._attempt("get", key, lambda: self._read_whole(path))
 
     def get_if_changed(self, key: str, tag: str) -> Fetched | None:
         path = self._path(key)
@@ -90,7 +90,7 @@ class ObjectStore:
             except Exception as error:
                 if not _says_exists(error):
                     raise
-            return cast(bytes, self._fs.cat_file(path)) == content
+            return self._read_whole(path) == content
 
         def write_alone() -> bool:
             with _MEMORY_LOCK:
@@ -153,6 +153,11 @@ class ObjectStore:
                 return
 
         self._attempt("delete", key, remove)
+
+    def _read_whole(self, path: str) -> bytes:
+        """In one request: s3fs asks for the size first, to read in parallel, unless it is told not to."""
+        options = {"max_concurrency": 1} if self._scheme in ("s3", "s3a") else {}
+        return cast(bytes, self._fs.cat_file(path, **options))
 
     def _read_range(self, path: str, start: int, end: int) -> bytes:
         return cast(bytes, self._fs.cat_file(path, start=start, end=end))

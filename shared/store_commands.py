@@ -75,7 +75,7 @@ def add_status(subparsers: Subparsers) -> None:
 
 def _catalog(options: argparse.Namespace) -> "Catalog":
     from shared.catalog import Catalog, check_layout
-    from shared.store import open_store
+    from shared.stores import open_store
 
     config = read_store_config(options)
     catalog = Catalog(open_store(config.url, config.options), config.adapter)

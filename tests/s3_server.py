@@ -3,8 +3,8 @@
     python -m tests.s3_server --port 5005 --bucket lorasync
 
 moto looks whether a key exists and writes it in two steps; here one lock surrounds both. Requests must be signed by
-the key that the server was started with. Two faults can be switched on: replies to writes that get lost after the
-write was done, and requests refused for a while.
+the key that the server was started with. Three faults can be switched on: replies to writes that get lost after the
+write was done, requests refused for a while, and writes to certain keys that are held up and then dropped.
 
 In tests, `running()` starts it as a process of its own and returns when it answers.
 """
@@ -68,9 +68,18 @@ class S3Server:
         """Answer 503 to the next requests without doing anything."""
         self._control(f"refuse={count}")
 
-    def _control(self, rule: str) -> None:
+    def hold(self, part: str) -> None:
+        """From now on hold up every write to a key with this in it. An empty one drops those held, undone."""
+        self._control(f"hold={part}")
+
+    def held(self) -> int:
+        """How many writes are held up."""
+        return int(self._control("") or 0)
+
+    def _control(self, rule: str) -> bytes:
         with urllib.request.urlopen(f"{self.endpoint}{CONTROL}?{rule}", timeout=10) as answer:
             assert answer.status == 200
+            return bytes(answer.read())
 
 
 @contextlib.contextmanager
@@ -108,22 +117,20 @@ def _free_port() -> int:
 
 
 class Faulty:
-    """WSGI: moto's S3 behind one lock for conditional writes, a check of the access key, and the two faults."""
+    """WSGI: moto's S3 behind one lock for conditional writes, a check of the access key, and the three faults."""
 
     def __init__(self, moto: Callable[[Environ, StartResponse], Iterable[bytes]]) -> None:
         self._moto, self._lock = moto, threading.Lock()
         self._left = {"lose": 0, "refuse": 0}
+        self._hold, self._held, self._changed = "", 0, threading.Condition()
 
     def __call__(self, environ: Environ, start: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] == CONTROL:
-            for name, values in parse_qs(environ["QUERY_STRING"]).items():
-                self._left[name] = int(values[0])
-            start("200 OK", [("Content-Length", "0")])
-            return []
+            return self._rule(parse_qs(environ["QUERY_STRING"], keep_blank_values=True), start)
         length = int(environ.get("CONTENT_LENGTH") or 0)
         if environ.get("HTTP_TRANSFER_ENCODING", "") != "chunked":
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))  # outside the lock
-        if self._spend("refuse"):
+        if self._spend("refuse") or self._held_up(environ):
             return _error(environ, start, "503 Service Unavailable", "ServiceUnavailable")
         if f"Credential={ACCESS_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
             return _error(environ, start, "403 Forbidden", "InvalidAccessKeyId")
@@ -136,6 +143,29 @@ class Faulty:
             return _error(environ, start, "500 Internal Server Error", "InternalError")
         start(*answers[0])
         return [body]
+
+    def _rule(self, rule: dict[str, list[str]], start: StartResponse) -> Iterable[bytes]:
+        """Change the faults; answers how many writes are held up."""
+        with self._changed:
+            for name, values in rule.items():
+                if name == "hold":
+                    self._hold = values[0]
+                    self._changed.notify_all()
+                else:
+                    self._left[name] = int(values[0])
+            body = str(self._held).encode()
+        start("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    def _held_up(self, environ: Environ) -> bool:
+        """Wait while a write is held; whether it was, and is to be dropped."""
+        with self._changed:
+            if environ["REQUEST_METHOD"] != "PUT" or not self._hold or self._hold not in environ["PATH_INFO"]:
+                return False
+            self._held += 1
+            self._changed.wait_for(lambda: not self._hold)
+            self._held -= 1
+            return True
 
     def _spend(self, fault: str) -> bool:
         with self._lock:

@@ -16,7 +16,8 @@ from shared.base_model import identify
 from shared.catalog import Catalog
 from shared.fetch import fetch
 from shared.manifest import Canary
-from shared.store import Store, open_store
+from shared.store import Store
+from shared.stores import open_store
 from shared.versions import Version, served_name
 
 SEQUENCE = (1, 9, 14, 23, 8)

@@ -11,7 +11,7 @@ from s3_server import S3Server
 
 from shared import strict_json
 from shared.layout import Layout
-from shared.store import open_store
+from shared.stores import open_store
 
 
 def lorasync(*words: str, **environment: str) -> tuple[int, str]:

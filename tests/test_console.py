@@ -17,7 +17,8 @@ from shared import strict_json
 from shared.catalog import Catalog
 from shared.layout import Layout
 from shared.status import StatusReader
-from shared.store import Store, open_store
+from shared.store import Store
+from shared.stores import open_store
 from shared.versions import Version
 
 LIGHT_COMMANDS = ("versions", "verify", "export", "status")

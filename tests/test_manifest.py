@@ -19,7 +19,7 @@ from shared.fetch import WEIGHTS, fetch
 from shared.layout import Layout, version_of
 from shared.manifest import Canary, LoraShape, Manifest, Parent, Shard, Slice, Tensor
 from shared.peft_names import expected_tensors, wire_order
-from shared.store import open_store
+from shared.stores import open_store
 from shared.versions import Version, parse_served_name, served_name
 
 GOLDEN = Path(__file__).parent / "data" / "layout-1"

@@ -28,7 +28,7 @@ from shared.config import Config, LoraConfig, ModelConfig, StoreConfig, TaskConf
 from shared.console import main
 from shared.fetch import CONFIG, WEIGHTS
 from shared.layout import Layout
-from shared.store import open_store
+from shared.stores import open_store
 from trainer.policy import Policy
 
 pytestmark = pytest.mark.megatron

@@ -23,7 +23,8 @@ from shared.fetch import WEIGHTS, fetch
 from shared.layout import Layout
 from shared.local_store import LocalStore
 from shared.manifest import Canary
-from shared.store import Entry, Store, open_store
+from shared.store import Entry, Store
+from shared.stores import open_store
 from shared.versions import Version
 
 WORLD = 3

@@ -18,7 +18,7 @@ from publisher.convert import convert
 from shared.catalog import Catalog
 from shared.fetch import fetch
 from shared.local_store import LocalStore
-from shared.store import open_store
+from shared.stores import open_store
 from shared.versions import Version
 
 MOMENTS = {  # what has become durable of version 1 when the process dies -> the version that is the latest then

@@ -14,7 +14,8 @@ from s3_server import S3Server
 
 from shared.errors import KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.local_store import LocalStore
-from shared.store import Store, open_store, probe
+from shared.store import Store
+from shared.stores import open_store, probe
 
 WRITERS = 8
 ROUNDS = 8

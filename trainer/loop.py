@@ -24,7 +24,8 @@ from shared.config import Config
 from shared.errors import Corrupt, KeyMissing, UsageError
 from shared.layout import Layout
 from shared.manifest import Manifest
-from shared.store import Store, open_store, probe
+from shared.store import Store
+from shared.stores import open_store, probe
 from shared.versions import Version
 from trainer.batch import make_batch
 from trainer.checkpoint import Checkpoint, CheckpointWriter, newest

@@ -15,7 +15,7 @@ from shared.catalog import Catalog
 from shared.config import Config
 from shared.errors import LorasyncError, NotConverged, StoreError
 from shared.layout import Layout
-from shared.store import open_store, probe
+from shared.stores import open_store, probe
 
 POLL_S = 0.5
 RUN_TIMEOUT_S = 1800.0

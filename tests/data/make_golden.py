@@ -23,7 +23,7 @@ from shared.base_model import identify
 from shared.layout import Layout
 from shared.manifest import Canary, LoraShape, Parent
 from shared.peft_names import expected_tensors
-from shared.store import open_store
+from shared.stores import open_store
 from shared.versions import Version
 
 WORLD = 3

@@ -1,0 +1,54 @@
+"""From a URL to a store, and the test whether that store keeps the protocol."""
+
+import contextlib
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from shared.errors import StoreError, StoreUnfit
+from shared.local_store import LocalStore
+from shared.store import Store
+
+
+def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
+    """Open the store at a URL; nothing is read or written yet.
+
+    Args:
+        url: file:///path, /path, s3://bucket/prefix, gs://, az://, memory://, or any scheme that fsspec knows.
+        options: handed to the fsspec filesystem (endpoint_url, key, secret, ...). Without them the scheme's usual
+            environment applies (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+
+    Raises:
+        UsageError: unknown scheme, or the scheme's package is not installed.
+    """
+    scheme = url.split("://", 1)[0] if "://" in url else "file"
+    if scheme in ("file", "local"):
+        return LocalStore(url)
+    from shared.object_store import ObjectStore
+
+    return ObjectStore(url, options or {})
+
+
+def probe(store: Store, prefix: str) -> None:
+    """Test that the store keeps the protocol: put-if-absent twice, read back, list after put, delete.
+
+    Raises:
+        StoreUnfit: it does not.
+        StoreError: it can't be reached or refuses (missing bucket, wrong credentials).
+    """
+    key = f"{prefix}/probe-{uuid.uuid4().hex}"
+    hint = "Use a store with conditional writes (AWS S3, Ceph RGW, MinIO, GCS, Azure, a local or NFS path)"
+
+    def demand(holds: bool, promise: str) -> None:
+        if not holds:
+            raise StoreUnfit(f"{store.url} does not keep: {promise}", op="probe store", hint=hint)
+
+    demand(store.put_if_absent(key, b"first"), "the first put-if-absent wins")
+    try:
+        demand(not store.put_if_absent(key, b"second"), "put-if-absent never overwrites")
+        demand(store.get(key) == b"first", "an object reads back as it was written")
+        demand(any(e.key == key for e in store.list(prefix)), "a list sees every earlier write")
+        demand(store.get_if_changed(key, "") is not None, "a conditional read of another tag gives the object")
+    finally:
+        with contextlib.suppress(StoreError):  # what went wrong above matters more than a leftover
+            store.delete(key)
