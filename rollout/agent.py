@@ -9,13 +9,11 @@ Does not: start the engine (`rollout.vllm_server`), sample (`rollout.sampler`).
 """
 
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 
 from rollout.delivery import Delivery
 from rollout.engine import Engine
@@ -25,7 +23,7 @@ from shared import strict_json
 from shared.catalog import Catalog
 from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError, StoreError
 from shared.manifest import Manifest
-from shared.versions import Version
+from shared.versions import Version, parse_served_name
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +99,8 @@ class Agent:
         self._on_routed, self._clock = on_routed, clock
         self.health = Health()
         self._tries: Counter[Version] = Counter()
-        self._loaded: dict[Version, Path] = {}
-        self._retired: list[Path] = []
+        self._loaded: set[Version] = set()
+        self._retired = False  # whether the round before unloaded something
 
     @property
     def quarantined(self) -> frozenset[Version]:
@@ -146,13 +144,20 @@ class Agent:
             names = set(self._engine.models())
         except EngineError:
             return Seen(wanted, routed, False, False, False)
+        self._adopt(names)
         has = routed is not None and self._delivery.name(routed) in names
         return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras)
+
+    def _adopt(self, names: set[str]) -> None:
+        """Count what an earlier life of this agent loaded as loaded, so that it is unloaded when nobody uses it."""
+        for parsed in map(parse_served_name, names):
+            if parsed is not None and parsed[0] == self._catalog.layout.adapter:
+                self._loaded.add(parsed[1])
 
     def _deliver(self, version: Version) -> None:
         noticed = self._clock()
         delivered = self._delivery.deliver(version)
-        self._loaded[version] = delivered.directory
+        self._loaded.add(version)
         served = self._clock()
         manifest = delivered.manifest
         submitted = float(manifest.training.get("submitted_at", noticed))
@@ -183,17 +188,16 @@ class Agent:
 
         An adapter's files outlive its unloading: vLLM reads them again if it evicts and reloads a version in use.
         """
-        for directory in self._retired:
-            shutil.rmtree(directory, ignore_errors=True)
-        self._retired.clear()
-        for version in sorted(self._loaded):
-            if self._router.idle(version):
-                self._retired.append(self._loaded[version])
-                self._unload(version)
+        unloaded = [version for version in sorted(self._loaded) if self._router.idle(version)]
+        if unloaded or self._retired:
+            self._delivery.sweep(keep=set(self._loaded))
+        self._retired = bool(unloaded)
+        for version in unloaded:
+            self._unload(version)
 
     def _unload(self, version: Version) -> None:
         self._engine.unload(self._delivery.name(version))
-        self._loaded.pop(version, None)
+        self._loaded.discard(version)
         log.info("unloaded version=%s", version)
 
     def _count(self, error: LorasyncError, wanted: Version | None) -> None:

@@ -3,8 +3,9 @@
 The agent adds to it watching, counting, receipts and routing; replay uses it as it is.
 """
 
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Target:
     base_config: Mapping[str, Any]
     base: BaseIdentity
     max_lora_rank: int
-    cache: Path
+    cache: Path  # this node's alone: what it does not use is deleted
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Delivery:
         self, catalog: Catalog, engine: Engine, target: Target, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._catalog, self._engine, self._target, self._clock = catalog, engine, target, clock
+        self._folder = target.cache / catalog.layout.adapter
         self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
 
     def name(self, version: Version) -> str:
@@ -70,8 +72,8 @@ class Delivery:
         manifest = self._catalog.manifest(version)
         self._check(manifest)
         expected = expected_tensors(self._target.base_config, manifest.lora.targets, manifest.lora.rank)
-        place = self._target.cache / self._catalog.layout.adapter / str(version)
-        directory = fetch(self._catalog.store, manifest, expected, place, base_name=manifest.base.model_type)
+        directory = self._folder / str(version)
+        fetch(self._catalog.store, manifest, expected, directory, base_name=manifest.base.model_type)
         fetched = self._clock()
         name, before = self.name(version), self._base_before(manifest)
         if name not in self._engine.models():
@@ -84,6 +86,13 @@ class Delivery:
             raise
         proven = self._clock()
         return Delivered(manifest, name, directory, proof, fetched - began, loaded - began, proven - began)
+
+    def sweep(self, keep: Collection[Version]) -> None:
+        """Delete cached versions but these, and what a killed fetch left behind."""
+        kept = {str(version) for version in keep}
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def forget(self) -> None:
         """The engine was restarted: what it said of its base before counts no more."""

@@ -50,6 +50,11 @@ class Server(Protocol):
     def stop(self) -> None: ...
 
 
+def cache_dir(config: Config) -> Path:
+    """The node's own folder: adapters that it serves, its engine's log."""
+    return Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync") / config.rollout.node
+
+
 def engine_target(config: Config, base_name: str) -> Target:
     """What the engine serves, by the node's own copy of the base model.
 
@@ -61,7 +66,7 @@ def engine_target(config: Config, base_name: str) -> Target:
         base_config=read_base_config(config.model.path),
         base=identify(config.model.path),
         max_lora_rank=config.rollout.max_lora_rank,
-        cache=Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync"),
+        cache=cache_dir(config),
     )
 
 

@@ -5,10 +5,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from rollout.engine import Engine, VllmEngine
-from rollout.node import Node
+from rollout.node import Node, cache_dir
 from rollout.vllm_server import VllmServer
 from rollout.vllm_settings import BASE_NAME
 from shared.config import Config
@@ -55,7 +54,7 @@ def engine_for(config: Config) -> Iterator[Serving]:
         engine = VllmEngine(url, timeout_s=config.rollout.request_timeout_s)
         yield Serving(engine, _base_name(engine, url), None)
         return
-    with VllmServer(config.model, config.lora, config.rollout, _log_path(config)) as server:
+    with VllmServer(config.model, config.lora, config.rollout, cache_dir(config) / "vllm.log") as server:
         yield Serving(server.engine(), BASE_NAME, server)
 
 
@@ -69,11 +68,6 @@ def _base_name(engine: Engine, url: str) -> str:
     if not names:
         raise EngineError("the engine lists no model", op="find base model", key=url)
     return names[0]
-
-
-def _log_path(config: Config) -> Path:
-    cache = Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync")
-    return cache / f"vllm-{config.rollout.node}.log"
 
 
 def tell_start(seconds: float, line: str) -> None:

@@ -198,6 +198,27 @@ def test_a_restarted_agent_comes_back_to_the_latest_version(bench: Bench) -> Non
     assert bench.serving == version
 
 
+def test_a_restarted_agent_unloads_what_its_earlier_life_left_in_the_engine(bench: Bench) -> None:
+    old = bench.publish(0)
+    bench.agent.tick()
+    bench.agent = bench.new_agent()
+    latest = bench.publish(1)
+    bench.agent.tick()
+    assert bench.serving == latest
+    assert served_name(ADAPTER, old) not in bench.engine.models()
+
+
+def test_files_that_no_loaded_version_needs_are_deleted(bench: Bench) -> None:
+    bench.publish(0)
+    bench.agent.tick()
+    leftover = bench.folder / "cache" / ADAPTER / ".0001-000009.killed"
+    leftover.mkdir()
+    bench.publish(1)
+    for _ in range(3):
+        bench.agent.tick()
+    assert [path.name for path in (bench.folder / "cache" / ADAPTER).iterdir()] == ["0001-000001"]
+
+
 def test_a_rank_above_the_engines_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
     bench = Bench(tmp_path, max_lora_rank=2)
     bench.publish(0)
