@@ -3,7 +3,7 @@
     python -m tests.s3_server --port 5005 --bucket lorasync
 
 moto looks whether a key exists and writes it in two steps; here one lock surrounds both. Requests must be signed by
-the key that the server was started with. Three faults can be switched on: replies to writes that get lost after the
+the key and secret below. Three faults can be switched on: replies to writes that get lost after the
 write was done, requests refused for a while, and writes to certain keys that are held up and then dropped.
 
 In tests, `running()` starts it as a process of its own and returns when it answers.
@@ -11,8 +11,11 @@ In tests, `running()` starts it as a process of its own and returns when it answ
 
 import argparse
 import contextlib
+import hashlib
+import hmac
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -117,7 +120,7 @@ def _free_port() -> int:
 
 
 class Faulty:
-    """WSGI: moto's S3 behind one lock for conditional writes, a check of the access key, and the three faults."""
+    """WSGI: moto's S3 behind one lock for conditional writes, a check of the signature, and the three faults."""
 
     def __init__(self, moto: Callable[[Environ, StartResponse], Iterable[bytes]]) -> None:
         self._moto, self._lock = moto, threading.Lock()
@@ -132,8 +135,8 @@ class Faulty:
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))  # outside the lock
         if self._spend("refuse") or self._held_up(environ):
             return _error(environ, start, "503 Service Unavailable", "ServiceUnavailable")
-        if f"Credential={ACCESS_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
-            return _error(environ, start, "403 Forbidden", "InvalidAccessKeyId")
+        if refusal := _refusal(environ):
+            return _error(environ, start, "403 Forbidden", refusal)
         if environ["REQUEST_METHOD"] not in ("PUT", "POST") or "HTTP_IF_NONE_MATCH" not in environ:
             return self._moto(environ, start)
         answers: list[tuple[Any, ...]] = []
@@ -173,6 +176,37 @@ class Faulty:
                 return False
             self._left[fault] -= 1
             return True
+
+
+def _refusal(environ: Environ) -> str | None:
+    """The error code for a request that our key did not sign, else None.
+
+    Formula: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    """
+    fields = dict(re.findall(r"(Credential|SignedHeaders|Signature)=([^,\s]+)", environ.get("HTTP_AUTHORIZATION", "")))
+    if len(fields) != 3:
+        return "AccessDenied"
+    key, *scope = fields["Credential"].split("/")
+    if key != ACCESS_KEY:
+        return "InvalidAccessKeyId"
+    path, _, query = environ["RAW_URI"].partition("?")
+    pairs = sorted(pair if "=" in pair else f"{pair}=" for pair in query.split("&") if pair)
+    names = fields["SignedHeaders"].split(";")
+    headers = "".join(f"{name}:{' '.join(_header(environ, name).split())}\n" for name in names)
+    content = _header(environ, "x-amz-content-sha256")
+    request = "\n".join((environ["REQUEST_METHOD"], path, "&".join(pairs), headers, ";".join(names), content))
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    signing_key = f"AWS4{SECRET_KEY}".encode()
+    for part in scope:
+        signing_key = hmac.digest(signing_key, part.encode(), "sha256")
+    text = "\n".join(("AWS4-HMAC-SHA256", _header(environ, "x-amz-date"), "/".join(scope), digest))
+    right = hmac.digest(signing_key, text.encode(), "sha256").hex()
+    return None if hmac.compare_digest(right, fields["Signature"]) else "SignatureDoesNotMatch"
+
+
+def _header(environ: Environ, name: str) -> str:
+    variable = name.upper().replace("-", "_")
+    return str(environ.get(variable if name in ("content-type", "content-length") else f"HTTP_{variable}", ""))
 
 
 def _error(environ: Environ, start: StartResponse, status: str, code: str) -> Iterable[bytes]:
