@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import TrainConfig
-from shared.layout import Layout
+from shared.layout import Layout, groups_of
 from shared.manifest import Manifest
 from shared.store import Store
 
@@ -56,12 +56,6 @@ def taken_when_published(manifest: Manifest, progress: Mapping[str, Any] | None)
 def trajectory_key(layout: Layout, manifest: Manifest, node: str, life: str, sequence: int, groups: int) -> str:
     """The key of a trajectory file; it carries the number of its groups, so that a listing counts them."""
     return f"{layout.trajectories(manifest.version)}/{node}-{life}-{sequence:06d}-g{groups}.parquet"
-
-
-def groups_of(key: str) -> int:
-    """The number of groups that a trajectory file's key promises; 0 for a key of another form."""
-    digits = key.removesuffix(".parquet").rpartition("-g")[2]
-    return int(digits) if digits.isdigit() else 0
 
 
 class ProducedGroups:

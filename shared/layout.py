@@ -8,7 +8,7 @@
 {adapter}/trainer.json                                                   overwritten hint: the trainer's progress
 {adapter}/receipts/{epoch}-{number}/{node}.json                          a node serves the version, proven
 {adapter}/nodes/{node}.json                                              overwritten hint: a node's state
-{adapter}/trajectories/{epoch}-{number}/{node}-{life}-{sequence}.parquet
+{adapter}/trajectories/{epoch}-{number}/{node}-{life}-{sequence}-g{groups}.parquet
 {adapter}/evaluations/{epoch}-{number}/{node}.parquet                    held-out completions, by served version
 {adapter}/checkpoints/{epoch:08d}-{step:012d}/...                        the trainer's own state
 """
@@ -102,6 +102,12 @@ class Layout:
     @property
     def probes(self) -> str:
         return f"{self.adapter}/probes"
+
+
+def groups_of(key: str) -> int:
+    """The number of groups that a trajectory file's key promises; 0 for a key of another form."""
+    digits = key.removesuffix(".parquet").rpartition("-g")[2]
+    return int(digits) if digits.isdigit() else 0
 
 
 def stem(version: Version) -> str:

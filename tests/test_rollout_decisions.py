@@ -4,12 +4,13 @@ import pytest
 
 from rollout.agent import Action, Seen, decide
 from rollout.demo.progress import percentiles
-from rollout.pace import Groups, capacity, groups_of
+from rollout.pace import Groups, capacity
 from rollout.replay import parse_range
 from rollout.router import Router
 from shared.base_model import BaseIdentity
 from shared.config import TrainConfig
 from shared.errors import UsageError
+from shared.layout import groups_of
 from shared.manifest import LoraShape, Manifest
 from shared.versions import Version
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError
-from shared.layout import Layout, version_of
+from shared.layout import Layout, groups_of, version_of
 from shared.store import Store
 from shared.trajectories import Sample, decode
 from shared.versions import Version
@@ -163,7 +163,7 @@ class Intake:
                 continue
             except Corrupt as error:
                 log.warning("intake: dropped a file: %s", error)
-                self._count("corrupt_files")
+                self._count("corrupt", groups_of(key) or 1)
                 self.position.decided[key] = None
                 continue
             came |= self._open(key, samples)
@@ -211,8 +211,9 @@ class Intake:
             if len(indexes) == self._files[group.key]:
                 self.position.decided[group.key] = None
 
-    def _count(self, reason: str) -> None:
-        self.position.dropped[reason] = self.position.dropped.get(reason, 0) + 1
+    def _count(self, reason: str, groups: int = 1) -> None:
+        """Count dropped groups, all that a file's key promises: samplers count them as existing until then."""
+        self.position.dropped[reason] = self.position.dropped.get(reason, 0) + groups
 
     def _forget_deleted(self, listed: set[str]) -> None:
         for key in self.position.decided.keys() - listed:
