@@ -117,7 +117,6 @@ class Agent:
                 self._deliver(wanted)
             elif action is Action.RELOAD:
                 log.warning("engine lost its adapters, loading them again")
-                self.health.reloads += 1
                 self.engine_lost()
                 self._watcher.wake()
             self._retire()
@@ -128,6 +127,8 @@ class Agent:
 
     def engine_lost(self) -> None:
         """Tell the agent that the engine is down: nobody is routed until it is back and proven again."""
+        if self._router.routed is not None:
+            self.health.reloads += 1
         self._router.route(None)
         self._loaded.clear()
         self._delivery.forget()

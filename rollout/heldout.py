@@ -43,6 +43,7 @@ class Heldout:
         self._prompts, self._reward = list(prompts)[: config.rollout.heldout_limit], reward
         self._waiting: queue.Queue[Manifest] = queue.Queue()
         self._final_done = False
+        self.lost = 0  # evaluations that failed; a version that is routed again is evaluated again
 
     def enqueue(self, manifest: Manifest) -> None:
         """Evaluate a version that was just routed, unless this node did so in an earlier life."""
@@ -66,6 +67,7 @@ class Heldout:
             try:
                 self._evaluate(manifest, self._config.rollout.node, self._config.rollout.seed)
             except (EngineError, StoreError) as error:
+                self.lost += 1
                 log.warning("held-out evaluation of version=%s lost: %s", manifest.version, error)
             finally:
                 self._router.release(manifest.version)
@@ -78,14 +80,15 @@ class Heldout:
             progress = self._catalog.progress()
             if not progress or not progress.get("done"):
                 return
-            newest = self._catalog.hint()
+            newest = self._catalog.newest()  # not the hint, which a stalled trainer may have set back
             with self._router.lease() as manifest:
-                if manifest is None or not newest or newest[0] != manifest.version:
+                if manifest is None or newest != manifest.version:
                     return
                 seed = self._config.rollout.seed + FINAL_SEED_OFFSET
                 self._evaluate(manifest, f"{self._config.rollout.node}.final", seed)
                 self._final_done = True
         except (EngineError, StoreError) as error:
+            self.lost += 1
             log.warning("final evaluation lost: %s", error)
 
     def _evaluate(self, manifest: Manifest, node: str, seed: int) -> Evaluation:

@@ -210,6 +210,7 @@ class Node:
             "reloads": health.reloads,
             "quarantined": [str(version) for version in sorted(self._agent.quarantined)],
             "groups": self._sampler.groups if self._sampler else 0,
+            "lost_requests": (self._sampler.lost if self._sampler else 0) + self._heldout.lost,
         }
         try:
             self._catalog.store.put(self._catalog.layout.node(self._config.rollout.node), strict_json.dumps(hint))

@@ -57,7 +57,15 @@ def to_samples(
 
 
 class Sampler:
-    """Samples until told to stop. `run` belongs to one thread; its requests run on threads of its own."""
+    """Samples until told to stop. `run` belongs to one thread; its requests run on threads of its own.
+
+    Attributes:
+        groups: put so far.
+        lost: requests that failed, each of several groups.
+
+    Raises:
+        StoreError: the trajectories can't be listed.
+    """
 
     def __init__(
         self,
@@ -71,13 +79,15 @@ class Sampler:
     ) -> None:
         self._catalog, self._engine, self._router, self._config = catalog, engine, router, config
         self._reward, self._paused = reward, paused
-        self._prompts = prompt_stream(prompts, random.Random(f"{config.rollout.seed}/{config.rollout.node}"))
         self._produced = ProducedGroups(catalog.store, catalog.layout)
+        # What exists is part of the seed: a restarted node would else draw the prompts of its last life again.
+        seed = f"{config.rollout.seed}/{config.rollout.node}/{self._produced.count()}"
+        self._prompts = prompt_stream(prompts, random.Random(seed))
         self._life = uuid.uuid4().hex[:8]
         self._sequence = 0
         self._sequence_lock = threading.Lock()
         self.groups = 0
-        self.failures = 0
+        self.lost = 0
 
     def run(self, stopping: threading.Event) -> None:
         """Begin requests as the pace allows, until `stopping` is set; waits for those in flight."""
@@ -123,7 +133,7 @@ class Sampler:
         """Count finished requests; whether none was lost."""
         lost = [error for future in done if (error := future.exception()) is not None]
         self.groups += sum(future.result() for future in done if future.exception() is None)
-        self.failures += len(lost)
+        self.lost += len(lost)
         for error in lost:
             if not isinstance(error, EngineError | StoreError):
                 raise error
