@@ -42,7 +42,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     Each commands module has `add_<name>(subparsers)`, which sets `run` as the parser's default.
     """
     top = _Parser(prog="lorasync", description="Keep the trained and the served policy the same, over one URL.")
-    top.add_argument("-v", "--verbose", action="store_true", help="log every change of state")
+    top.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs as well")
     subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, module in COMMANDS.items():
         if only is None or only == name:
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname).1s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    for package in ("trainer", "publisher", "rollout", "shared"):
+        logging.getLogger(package).setLevel(logging.INFO)
     run: Run = options.run
     try:
         return run(options)
