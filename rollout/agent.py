@@ -142,6 +142,9 @@ class Agent:
     def _see(self, wanted: Version | None) -> Seen:
         routed = self._router.routed.version if self._router.routed else None
         try:
+            # vLLM's server still lists its names when its core is dead. The version at hand when it died is blamed
+            # once, for it may be what kills engines; without this it would be quarantined within milliseconds.
+            self._engine.health()
             names = set(self._engine.models())
         except EngineError:
             return Seen(wanted, routed, False, False, False)

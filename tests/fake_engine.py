@@ -26,7 +26,9 @@ def effect_of(directory: Path) -> float:
 
 
 class FakeEngine:
-    """See the module. Switches: `down`, `ignores_adapters`, `leaks`, `refuses`; `restart()` forgets all adapters."""
+    """See the module. Switches: `down`, `ignores_adapters`, `leaks`, `refuses`, `dies_at_load` (vLLM's core: the server
+    goes on listing names and answers 500 to all else); `restart()` forgets all adapters.
+    """
 
     url = "http://fake"
 
@@ -34,20 +36,22 @@ class FakeEngine:
         self.effects: dict[str, float] = {}
         self.directories: dict[str, Path] = {}
         self.log: list[str] = []
-        self.down = self.ignores_adapters = self.leaks = self.refuses = False
+        self.down = self.ignores_adapters = self.leaks = self.refuses = self.dies_at_load = self.dead = False
 
     def restart(self) -> None:
         self.effects.clear()
+        self.dead = False
 
     def health(self) -> None:
-        self._demand_up()
+        self._demand_alive()
 
     def models(self) -> list[str]:
         self._demand_up()
         return [BASE_NAME, *self.effects]
 
     def load(self, name: str, path: str) -> None:
-        self._demand_up()
+        self.dead |= self.dies_at_load
+        self._demand_alive()
         if self.refuses or name in self.effects:
             raise EngineError("refused", op="load adapter", key=name)
         self.effects[name] = 0.0 if self.ignores_adapters else effect_of(Path(path))
@@ -55,7 +59,7 @@ class FakeEngine:
         self.log.append(f"load {name}")
 
     def unload(self, name: str) -> None:
-        self._demand_up()
+        self._demand_alive()
         if self.effects.pop(name, None) is None:
             raise EngineError("unknown name", op="unload adapter", key=name)
         self.log.append(f"unload {name}")
@@ -87,7 +91,12 @@ class FakeEngine:
         if self.down:
             raise EngineError("connection refused", op="connect", retryable=True)
 
-    def _demand_known(self, model: str) -> None:
+    def _demand_alive(self) -> None:
         self._demand_up()
+        if self.dead:
+            raise EngineError("the engine answered 500: EngineCore encountered an issue", op="ask")
+
+    def _demand_known(self, model: str) -> None:
+        self._demand_alive()
         if model != BASE_NAME and model not in self.effects:
             raise EngineError("unknown model", op="complete", key=model)

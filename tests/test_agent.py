@@ -190,6 +190,35 @@ def test_an_engine_that_is_down_counts_against_no_version(bench: Bench) -> None:
     assert bench.serving == version
 
 
+def test_a_version_at_hand_when_the_engine_dies_is_blamed_once_and_served_after_its_restart(bench: Bench) -> None:
+    good = bench.publish(0)
+    bench.agent.tick()
+    bench.engine.dies_at_load = True
+    latest = bench.publish(1)
+    for _ in range(5):
+        bench.agent.tick()
+    assert (bench.agent.health.failures, bench.agent.quarantined) == (1, frozenset())
+    bench.engine.dies_at_load = False
+    bench.engine.restart()
+    bench.agent.engine_lost()
+    bench.agent.tick()
+    assert bench.serving == latest > good
+
+
+def test_a_version_that_kills_every_engine_is_quarantined_and_the_last_good_one_serves(bench: Bench) -> None:
+    good = bench.publish(0)
+    bench.agent.tick()
+    bench.engine.dies_at_load = True
+    deadly = bench.publish(1)
+    for _ in range(2):
+        bench.agent.tick()
+        bench.engine.restart()
+        bench.agent.engine_lost()
+    bench.engine.dies_at_load = False
+    bench.agent.tick()
+    assert (bench.serving, bench.agent.quarantined) == (good, frozenset({deadly}))
+
+
 def test_a_restarted_agent_comes_back_to_the_latest_version(bench: Bench) -> None:
     version = bench.publish(0)
     bench.agent.tick()
