@@ -11,7 +11,7 @@ from s3_server import S3Server, running
 for _name in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
 
-pytest_plugins = ["engine_fixtures"]
+pytest_plugins = ["engine_fixtures", "run_processes"]
 
 
 @pytest.fixture(scope="session")

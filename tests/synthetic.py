@@ -44,7 +44,7 @@ def write_base(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return directory
 
 
-def factors(seed: int = 0, base: dict[str, Any] = BASE) -> list[MegatronLora]:
+def factors(seed: int = 0, base: dict[str, Any] = BASE, rank: int = LORA.rank) -> list[MegatronLora]:
     """Every factor as a lone rank holds it; all values differ."""
     generator = torch.Generator().manual_seed(seed)
     hidden, inter, head = base["hidden_size"], base["moe_intermediate_size"], base["head_dim"]
@@ -59,8 +59,8 @@ def factors(seed: int = 0, base: dict[str, Any] = BASE) -> list[MegatronLora]:
     for layer in range(base["num_hidden_layers"]):
         for target, (n_in, n_out) in sizes.items():
             for expert in range(base["num_experts"]) if "fc" in target else [None]:
-                lora_A = torch.randn((LORA.rank, n_in), generator=generator)
-                lora_B = torch.randn((n_out, LORA.rank), generator=generator)
+                lora_A = torch.randn((rank, n_in), generator=generator)
+                lora_B = torch.randn((n_out, rank), generator=generator)
                 made.append(MegatronLora(target, layer, expert, lora_A, lora_B))
     return made
 
