@@ -23,7 +23,7 @@ class NoiseMix:
 
 
 CLEAN = NoiseMix(typo=0.0, swap=0.0, hedge=0.0)
-NOISY = NoiseMix(typo=0.20, swap=0.10, hedge=0.68)
+NOISY = NoiseMix(typo=0.20, swap=0.10, hedge=0.66)
 
 
 def demonstration(prompt: Prompt, mix: NoiseMix, rng: random.Random) -> str:
