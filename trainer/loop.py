@@ -113,7 +113,7 @@ class Trainer:
             on_full_queue=config.train.on_full_queue,
         )
         self._checkpoints = CheckpointWriter(store, self._layout)
-        self._hint = ProgressHint(store, self._layout)
+        self._hint = ProgressHint(store, self._layout, self._life.claim.epoch)
         self._intake = Intake(
             store,
             self._layout,

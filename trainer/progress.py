@@ -1,7 +1,9 @@
 """The trainer's hint of how far it is: `trainer.json`, overwritten after every step, behind it.
 
 Samplers pace themselves by it and `lorasync status` shows it. It is a hint: the latest one wins, some are never
-written, and a store that refuses it costs nothing but the hint, which is logged and counted in `missed`.
+written, and a store that refuses it costs nothing but the hint, which is logged and counted in `missed`. A stalled
+trainer that wakes up before it learns that it was succeeded does not overwrite its successor's, which may be the last
+word of a finished run.
 """
 
 import logging
@@ -11,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from shared import strict_json
+from shared.catalog import Catalog
 from shared.errors import StoreError
 from shared.layout import Layout
 from shared.store import Store
@@ -21,8 +24,8 @@ log = logging.getLogger(__name__)
 class ProgressHint:
     """Overwrites the hint with whatever was told last."""
 
-    def __init__(self, store: Store, layout: Layout) -> None:
-        self._store, self._key, self.missed = store, layout.trainer, 0
+    def __init__(self, store: Store, layout: Layout, epoch: int) -> None:
+        self._catalog, self._epoch, self.missed = Catalog(store, layout.adapter), epoch, 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="progress")
         self._lock = threading.Lock()
         self._next: bytes | None = None
@@ -47,7 +50,13 @@ class ProgressHint:
                     self._running = None
                     return
             try:
-                self._store.put(self._key, content)
+                if not self._succeeded():
+                    self._catalog.store.put(self._catalog.layout.trainer, content)
             except StoreError as error:
                 self.missed += 1
                 log.warning("progress hint missed=%d: %s", self.missed, error)
+
+    def _succeeded(self) -> bool:
+        """Whether the hint there is a later life's."""
+        there = (self._catalog.progress() or {}).get("epoch")
+        return isinstance(there, int) and there > self._epoch
