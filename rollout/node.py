@@ -88,6 +88,7 @@ class Node:
         self._catalog = Catalog(store, config.store.adapter)
         probe(store, self._catalog.layout.probes)
         check_layout(store, self._catalog.layout)
+        target = engine_target(config, base_name)
         options = config.store.options
         reward = load_reward(config.task.reward)
         train_prompts = load_prompts(config.task.train_prompts, options, config.model.path) if sample else []
@@ -98,7 +99,7 @@ class Node:
             poll_interval_s=config.store.poll_interval_s,
             list_interval_s=config.store.list_interval_s,
         )
-        delivery = Delivery(self._catalog, engine, engine_target(config, base_name))
+        delivery = Delivery(self._catalog, engine, target)
         self._heldout = Heldout(self._catalog, engine, self._router, config, heldout_prompts, reward)
         self._agent = Agent(
             self._catalog,

@@ -33,11 +33,14 @@ def serve(config: Config, *, sample: bool) -> None:
         LorasyncError: the store, the engine, or a part of the node failed for good.
     """
     with engine_for(config) as serving:
+        if serving.server is not None:
+            serving.server.check()  # before thousands of prompts are read
         node = Node(config, serving.engine, serving.server, serving.base_name, sample=sample)
+        if serving.server is not None:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # nothing to drain yet
+            serving.server.start(tell_start)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop())
-        if serving.server is not None:
-            serving.server.start(tell_start)
         node.run()
 
 

@@ -56,6 +56,15 @@ class VllmServer:
         """A client to it."""
         return VllmEngine(self.url, timeout_s=self._rollout.request_timeout_s)
 
+    def check(self) -> None:
+        """Refuse at once what could not start.
+
+        Raises:
+            UsageError: the configuration cannot work, or the port is taken.
+        """
+        check_settings(self._model, self._lora, self._rollout)
+        check_port(self._rollout.host, self._rollout.port)
+
     def start(self, progress: Progress | None = None) -> None:
         """Start it, again if it died, and wait until it is healthy.
 
@@ -67,8 +76,7 @@ class VllmServer:
             EngineError: it died, or was not healthy within start_timeout_s.
         """
         self.stop()
-        check_settings(self._model, self._lora, self._rollout)
-        check_port(self._rollout.host, self._rollout.port)
+        self.check()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         argv = [sys.executable, "-m", "rollout.vllm_launch", *arguments(self._model, self._rollout)]
