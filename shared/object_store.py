@@ -4,8 +4,9 @@ Guards against: two winners of one name (conditional writes of one small request
 writer win on some servers), a reply that got lost (read back: same bytes means it was ours), listings and
 filesystem instances from a cache, errors of a dozen libraries (one type gets out).
 
-Retries happen here and nowhere else: bounded, jittered, and only around reads and writes that are safe to repeat
-(an object is written whole, and an exclusive write is read back).
+Retries happen here and nowhere else: bounded in number and time, jittered, and only around reads and writes that are
+safe to repeat (an object is written whole, and an exclusive write is read back). s3fs repeats once by itself, for the
+sake of the parts of a large write. A server that accepts and never answers is given up within a minute.
 """
 
 import random
@@ -23,10 +24,12 @@ from shared.store import Entry, Fetched, check_key
 Result = TypeVar("Result")
 
 ATTEMPTS = 4
+RETRY_FOR_S = 15.0  # no attempt begins later than this after the first
+S3FS_ATTEMPTS = 2  # its own default is 5, each as long as a timeout
 MAX_EXCLUSIVE_BYTES = 100_000_000  # of one conditional request; s3fs would cut more into a multipart create
 FIRST_WAIT_S = 0.2
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = 20  # without a byte
 
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem checks and creates in two steps
 
@@ -45,11 +48,13 @@ class ObjectStore:
             timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
             settings["config_kwargs"] = {
                 **timeouts,
-                "retries": {"max_attempts": 1},
+                "retries": {"total_max_attempts": 1},
                 **options.get("config_kwargs", {}),
             }
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **settings)
+            if self._scheme in ("s3", "s3a"):
+                _steady(self._fs)
         except ImportError as error:
             raise UsageError(
                 f"the package for {self._scheme}:// is not installed",
@@ -187,12 +192,14 @@ class ObjectStore:
 
     def _attempt(self, op: str, key: str, call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
         """Run a repeatable call, retrying what may pass, letting out only the store's errors."""
+        began = time.monotonic()
         for attempt in range(1, attempts + 1):
             try:
                 return call()
             except Exception as error:
                 translated = self._translate(op, key, error)
-                if not translated.retryable or attempt == attempts:
+                late = time.monotonic() - began > RETRY_FOR_S
+                if not translated.retryable or attempt == attempts or late:
                     raise translated from error
                 time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -216,8 +223,11 @@ class ObjectStore:
             return StoreError(
                 f"{self.url} refuses these credentials: {text}", op=op, key=key, hint="Check key and policy"
             )
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and op == "get":
             return KeyMissing("no such object", op=op, key=key)
+        if isinstance(error, FileNotFoundError):
+            hint = "Does it exist, and is the endpoint a store of this kind?"
+            return StoreError(f"{self.url} is not found there", op=op, key=key, hint=hint)
         passing = bool(
             isinstance(error, TimeoutError | ConnectionError)
             or names
@@ -245,6 +255,24 @@ class ObjectStore:
         )
         hint = "Is the endpoint right and up?" if passing else ""
         return StoreError(f"{self.url}: {text}", op=op, key=key, hint=hint, retryable=passing)
+
+
+def _steady(s3: Any) -> None:
+    """Let no write to S3 wait without end.
+
+    botocore announces every body with "Expect: 100-continue", and aiohttp waits for the answer with no timeout: seen as
+    writes that hang for ever on a server that accepts and says nothing. Without it, the read timeout holds, and a put
+    saves a round trip.
+    """
+    from aiobotocore.session import AioSession
+
+    s3.retries = S3FS_ATTEMPTS
+    s3.session = AioSession(**s3.kwargs)
+    s3.session.register("before-call.s3", _drop_expect)
+
+
+def _drop_expect(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
 
 
 def _by_key(entry: Entry) -> str:
