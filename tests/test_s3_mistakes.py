@@ -1,0 +1,126 @@
+"""A store that cannot be had: train, rollout and demo say so in one line, in seconds, and leave nobody behind.
+
+The commands that only read a store: tests/test_bad_input.py.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from s3_server import S3Server
+
+from rollout.demo.settings import DemoOptions, main_config, write_config
+from shared import object_store
+from shared.errors import StoreError
+from shared.stores import open_store
+
+WITHIN_S = 60.0  # 1 s on an idle machine, 5 s where nobody listens; torch and Megatron are imported in it
+NOBODY = "http://127.0.0.1:1"
+
+FAULTS: dict[str, tuple[str, dict[str, str], str]] = {  # name: bucket, environment, what is said
+    "wrong secret": ("lorasync", {"AWS_SECRET_ACCESS_KEY": "guessed"}, "refuses these credentials: SignatureDoesNot"),
+    "no bucket": ("no-such-bucket", {}, "no bucket 'no-such-bucket'"),
+    "nobody listening": ("lorasync", {"AWS_ENDPOINT_URL": NOBODY}, "Is the endpoint right and up?"),
+}
+
+
+def lorasync(folder: Path, command: str, *words: str, **environment: str) -> tuple[int, str]:
+    """Run a command in seconds: (exit code, stderr). It leaves no process that names the folder."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "shared.console", command, *words],
+        env={**kept, "AWS_EC2_METADATA_DISABLED": "true", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+    )
+    assert [line for line in map(command_line, psutil.process_iter()) if str(folder) in line] == []
+    return done.returncode, done.stderr
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def works_in(folder: Path, command: str) -> list[str]:
+    """The words that make a command work in this folder."""
+    if command == "demo":
+        return ["--out", str(folder)]
+    return ["--config", str(write_config(main_config(DemoOptions(folder, "policy")), folder / "run.toml"))]
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        *(("demo", fault) for fault in FAULTS),
+        ("rollout", "nobody listening"),
+        pytest.param("train", "wrong secret", marks=pytest.mark.megatron),
+    ],
+)
+def test_a_store_that_cannot_be_had_is_named_in_one_line(s3: S3Server, tmp_path: Path, command: str, fault: str):
+    bucket, environment, says = FAULTS[fault]
+    url = f"s3://{bucket}/{tmp_path.name}"
+    words = [*works_in(tmp_path, command), "--store", url]
+    code, told = lorasync(tmp_path, command, *words, **(s3.environment | environment))
+    assert code == 1, told
+    assert says in told and url in told
+    assert told.count("\n") == 1 and told.startswith("lorasync: StoreError: "), told
+
+
+@pytest.mark.parametrize("place", ["file", "flags"])
+def test_endpoint_and_credentials_come_from_a_file_or_from_flags_as_well(s3: S3Server, tmp_path: Path, place: str):
+    words = ["--store", s3.url(tmp_path.name)]
+    if place == "flags":
+        words += [word for key, value in s3.options.items() for word in ("--store-option", f"{key}={value}")]
+    else:
+        lines = ["[store.options]", *(f'{key} = "{value}"' for key, value in s3.options.items())]
+        (tmp_path / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+        words += ["--config", str(tmp_path / "run.toml")]
+    code, told = lorasync(tmp_path, "versions", *words)
+    assert (code, told.strip()) == (0, f"no version of policy at {s3.url(tmp_path.name)}")
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The URL of a server that accepts connections and reads, and never says a word."""
+    with socket.socket() as listener, contextlib.ExitStack() as accepted:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted.enter_context(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize("operation", ["get", "list", "put", "put_if_absent", "put_stream"])
+def test_no_operation_waits_without_end_for_a_server_that_never_answers(
+    mute: str, monkeypatch: pytest.MonkeyPatch, operation: str
+):
+    monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(object_store, "RETRY_FOR_S", 0.0)
+    store = open_store("s3://bucket/x", {"endpoint_url": mute, "key": "k", "secret": "s"})
+    content: dict[str, Any] = {"put": b"x", "put_if_absent": b"x", "put_stream": [b"x"]}
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="Read timeout") as caught:
+        getattr(store, operation)("a/b", *([content[operation]] if operation in content else []))
+    assert caught.value.retryable
+    assert time.monotonic() - began < 10
