@@ -12,8 +12,9 @@ from typing import Any
 
 from rollout.engine import Engine
 from rollout.proof import Proof, Rows, canary_sequences, prove
-from shared.base_model import BaseIdentity
+from shared.base_model import BaseIdentity, identify, read_base_config
 from shared.catalog import Catalog
+from shared.config import Config
 from shared.errors import Corrupt, EngineError
 from shared.fetch import fetch
 from shared.manifest import Manifest
@@ -30,6 +31,26 @@ class Target:
     base: BaseIdentity
     max_lora_rank: int
     cache: Path  # this node's alone: what it does not use is deleted
+
+
+def cache_dir(config: Config) -> Path:
+    """The node's own folder: adapters that it serves, its engine's log."""
+    return Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync") / config.rollout.node
+
+
+def engine_target(config: Config, base_name: str) -> Target:
+    """What the engine serves, by the node's own copy of the base model.
+
+    Raises:
+        UsageError: no base model there.
+    """
+    return Target(
+        base_name=base_name,
+        base_config=read_base_config(config.model.path),
+        base=identify(config.model.path),
+        max_lora_rank=config.rollout.max_lora_rank,
+        cache=cache_dir(config),
+    )
 
 
 @dataclass(frozen=True)

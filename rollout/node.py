@@ -13,11 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from rollout.agent import Agent
-from rollout.delivery import Delivery, Target
+from rollout.delivery import Delivery, engine_target
 from rollout.engine import Engine
 from rollout.heldout import Heldout
 from rollout.router import Router
@@ -26,7 +25,6 @@ from rollout.tasks.prompts import load_prompts
 from rollout.tasks.reward import load_reward
 from rollout.watch import Watcher
 from shared import strict_json
-from shared.base_model import identify, read_base_config
 from shared.catalog import Catalog, check_layout
 from shared.config import Config
 from shared.errors import EngineError, LorasyncError, StoreError
@@ -48,26 +46,6 @@ class Server(Protocol):
     def running(self) -> bool: ...
 
     def stop(self) -> None: ...
-
-
-def cache_dir(config: Config) -> Path:
-    """The node's own folder: adapters that it serves, its engine's log."""
-    return Path(config.rollout.cache_dir or Path.home() / ".cache" / "lorasync") / config.rollout.node
-
-
-def engine_target(config: Config, base_name: str) -> Target:
-    """What the engine serves, by the node's own copy of the base model.
-
-    Raises:
-        UsageError: no base model there.
-    """
-    return Target(
-        base_name=base_name,
-        base_config=read_base_config(config.model.path),
-        base=identify(config.model.path),
-        max_lora_rank=config.rollout.max_lora_rank,
-        cache=cache_dir(config),
-    )
 
 
 class Node:

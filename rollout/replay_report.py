@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from rollout.delivery import Delivery
-from rollout.node import engine_target
+from rollout.delivery import Delivery, engine_target
 from rollout.plot import Curve, plot_rewards
 from rollout.replay import REPLAY_SCHEMA, Replayed, parse_range, replay
 from rollout.serve import engine_for, tell_start

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rollout.delivery import cache_dir
 from rollout.engine import Engine, VllmEngine
-from rollout.node import Node, cache_dir
+from rollout.node import Node
 from rollout.vllm_server import VllmServer
 from rollout.vllm_settings import BASE_NAME
 from shared.config import Config
