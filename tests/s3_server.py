@@ -3,8 +3,8 @@
     python -m tests.s3_server --port 5005 --bucket lorasync
 
 moto looks whether a key exists and writes it in two steps; here one lock surrounds both. Requests must be signed by
-the key and secret below. Three faults can be switched on: replies to writes that get lost after the
-write was done, requests refused for a while, and writes to certain keys that are held up and then dropped.
+the key and secret below. Three faults can be switched on: replies to writes that get lost after the write was done,
+requests refused for a while, and writes to certain keys that are held up and then dropped.
 
 In tests, `running()` starts it as a process of its own and returns when it answers.
 """
@@ -216,7 +216,11 @@ def _error(environ: Environ, start: StartResponse, status: str, code: str) -> It
 
 
 def serve(port: int, bucket: str) -> None:
-    """Serve until the process is stopped; the bucket exists from the start."""
+    """Serve until the process is stopped; the bucket exists from the start.
+
+    It listens before it imports moto, which takes seconds: who comes early waits instead of finding nobody.
+    """
+    listener = socket.create_server(("127.0.0.1", port), backlog=128)
     # moto makes the bucket through boto3, in this process, before the first request.
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     from moto.s3.models import s3_backends
@@ -231,7 +235,9 @@ def serve(port: int, bucket: str) -> None:
 
     s3_backends["123456789012"]["aws"].create_bucket(bucket, "us-east-1")
     application = Faulty(DomainDispatcherApplication(create_backend_app))
-    make_server("127.0.0.1", port, application, threaded=True, request_handler=Quiet).serve_forever()
+    # By its descriptor, so werkzeug makes no socket of its own.
+    server = make_server("127.0.0.1", port, application, threaded=True, request_handler=Quiet, fd=listener.fileno())
+    server.serve_forever()
 
 
 def main() -> None:
