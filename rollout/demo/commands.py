@@ -1,8 +1,14 @@
 """`lorasync demo`: the main job on one machine."""
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+SIGNALLED = 128  # and the signal's number: the exit code that shells know
 
 
 def add_demo(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,5 +47,11 @@ def _demo(options: argparse.Namespace) -> int:
         seed=options.seed,
         port=options.port,
     )
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # by an exception, so that the children are stopped on the way out
     run_demo(demo, Console())
     return 0
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(SIGNALLED + number)
