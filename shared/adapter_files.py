@@ -9,6 +9,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,11 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 MAX_TENSORS = 200_000
 MAX_FILE_BYTES = 1 << 50
 MAX_DIMENSIONS = 8
+MAX_NAME_LENGTH = 512  # characters
 ALIGN_BYTES = 8
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_NAME = re.compile(r"\w+([.@,\-]\w+)*", re.ASCII)  # "layers.0.lora_B.weight@0,64"; never a path
 _EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 
 
@@ -80,7 +83,7 @@ def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed
         The tensors in data order, and where the data section starts.
 
     Raises:
-        Corrupt: anything that the format forbids, plus duplicate names and gaps or overlaps.
+        Corrupt: anything that the format forbids, plus duplicate names, names that could be paths, gaps and overlaps.
     """
 
     def demand(holds: bool, problem: str) -> None:
@@ -108,6 +111,8 @@ def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed
 
 def _place(name: str, entry: Any, key: str) -> Placed:
     """Check one header entry."""
+    if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+        raise Corrupt(f"not the name of a tensor: {name[:80]!r}", op="read safetensors header", key=key)
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if dtype not in ITEM_BYTES or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
@@ -134,7 +139,8 @@ def read_tensors(content: bytes | memoryview, *, key: str) -> Iterator[tuple[Ten
     """
     view = memoryview(content)
     length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
-    placed, data_start = parse_header(bytes(view[: min(8 + length, len(view))]), len(view), key=key)
+    head = bytes(view[: 8 + min(length, MAX_HEADER_BYTES + 1)])
+    placed, data_start = parse_header(head, len(view), key=key)
     for tensor in placed:
         yield tensor.spec, view[data_start + tensor.start : data_start + tensor.end]
 

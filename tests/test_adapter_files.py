@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import mmap
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared.adapter_files import (
     MAX_HEADER_BYTES,
+    MAX_NAME_LENGTH,
     TensorSpec,
     demand_finite,
     header_bytes,
@@ -96,6 +99,31 @@ def entry(**changes: Any) -> dict[str, Any]:
 def test_what_the_format_forbids_is_corrupt(content: bytes, says: str):
     with pytest.raises(Corrupt, match=says):
         read(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../../etc/x", "/etc/x", "a/b", "a..b", ".a", "a.", "a\\b", "a b", "a\n", "é", "x" * 513]
+)
+def test_a_tensor_name_that_could_be_a_path_is_corrupt(name: str):
+    with pytest.raises(Corrupt, match="not the name of a tensor"):
+        read(file_of({name: entry()}, b"1234"))
+
+
+def test_the_names_of_parts_and_the_longest_name_are_read():
+    for name in ("model.layers.0.q_proj.lora_B.weight@8,0", "a-b", "x" * MAX_NAME_LENGTH):
+        assert read(file_of({name: entry()}, b"1234")) == [TensorSpec(name, "F32", (1,))]
+
+
+def test_a_header_that_claims_to_be_the_whole_file_is_not_copied_first():
+    with mmap.mmap(-1, 3 * MAX_HEADER_BYTES) as file:
+        file[:8] = (1 << 60).to_bytes(8, "little")
+        tracemalloc.start()
+        try:
+            with pytest.raises(Corrupt, match="more than"):
+                next(read_tensors(file, key="k"))
+            assert tracemalloc.get_traced_memory()[1] < 2 * MAX_HEADER_BYTES
+        finally:
+            tracemalloc.stop()
 
 
 @settings(max_examples=300, deadline=None)
