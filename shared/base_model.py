@@ -74,7 +74,7 @@ def identify(path: str | Path) -> BaseIdentity:
     """Digest a base model directory.
 
     Raises:
-        UsageError: no config.json or no *.safetensors there.
+        UsageError: no config.json or no *.safetensors there, or one that can't be read.
     """
     config = read_base_config(path)
     kept = {k: v for k, v in config.items() if k not in _IGNORED}
@@ -83,8 +83,12 @@ def identify(path: str | Path) -> BaseIdentity:
         raise UsageError("no *.safetensors in the base model", op="read base model", key=str(path))
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(READ_BYTES):
-                digest.update(chunk)
+        try:
+            with file.open("rb") as stream:
+                while chunk := stream.read(READ_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            problem = f"cannot read {file.name}: {error.strerror or error}"
+            raise UsageError(problem, op="read base model", key=str(file)) from error
     config_digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return BaseIdentity(str(config["model_type"]), config_digest, digest.hexdigest())

@@ -194,6 +194,17 @@ def test_the_base_models_identity_is_its_numbers_not_its_place(tmp_path: Path):
     assert identify(synthetic.write_base(tmp_path / "d", num_experts=2)) != identify(one)
 
 
+def test_weights_of_the_base_model_that_cannot_be_read_are_a_usage_error(tmp_path: Path):
+    base = synthetic.write_base(tmp_path / "a")
+    (base / "model-2.safetensors").mkdir()
+    with pytest.raises(UsageError, match=r"cannot read model-2\.safetensors: Is a directory"):
+        identify(base)
+    (base / "model-2.safetensors").rmdir()
+    (base / "model-2.safetensors").symlink_to("gone")
+    with pytest.raises(UsageError, match="No such file"):
+        identify(base)
+
+
 def test_wire_order_by_name_alone_is_that_of_the_base_model():
     assert wire_order(sorted(synthetic.EXPECTED)) == list(synthetic.EXPECTED)
     assert wire_order(["zzz", *sorted(synthetic.EXPECTED), "aaa"])[-2:] == ["aaa", "zzz"]
