@@ -9,10 +9,11 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,9 +25,21 @@ Section = TypeVar("Section")
 ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
+_BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "below": operator.lt,
+}
+
+
 def _at_least(low: float, default: Any) -> Any:
     """A field with a default and a lower bound, which `parse` checks."""
-    return field(default=default, metadata={"at_least": low})
+    return field(default=default, metadata={"at least": low})
+
+
+def _above(low: float, default: Any) -> Any:
+    """As `_at_least`, for what would do nothing, or nothing else, at the bound itself."""
+    return field(default=default, metadata={"above": low})
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class StoreConfig:
     url: str
     adapter: str = "policy"
     options: Mapping[str, Any] = field(default_factory=dict)
-    poll_interval_s: float = _at_least(0, 1.0)
+    poll_interval_s: float = _above(0, 1.0)
     list_interval_s: float = _at_least(0, 30.0)
 
 
@@ -68,7 +81,7 @@ class TaskConfig:
     train_prompts: str
     heldout_prompts: str
     reward: str
-    max_new_tokens: int = field(metadata={"at_least": 1})
+    max_new_tokens: int = field(metadata={"at least": 1})
 
 
 @dataclass(frozen=True)
@@ -82,19 +95,19 @@ class TrainConfig:
     max_staleness: int = _at_least(0, 1)
     lr: float = _at_least(0, 1e-3)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"at least": 0, "below": 1})
     warmup_steps: int = _at_least(0, 3)
-    max_grad_norm: float = _at_least(0, 1.0)
+    max_grad_norm: float = _above(0, 1.0)
     clip_low: float = _at_least(0, 0.2)
     clip_high: float = _at_least(0, 0.28)
-    behaviour_cap: float = _at_least(0, 2.0)
+    behaviour_cap: float = _above(0, 2.0)
     kl_coefficient: float = _at_least(0, 0.0)
     checkpoint_every: int = _at_least(1, 5)
     seed: int = 0
     threads: int = _at_least(1, 1)
     queue_versions: int = _at_least(1, 1)
     on_full_queue: Literal["wait", "skip"] = "wait"
-    take_timeout_s: float = _at_least(0, 600.0)
+    take_timeout_s: float = _above(0, 600.0)
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,8 @@ class RolloutConfig:
     max_model_len: int = _at_least(1, 4096)
     max_num_seqs: int = _at_least(1, 256)
     threads: int = _at_least(1, 1)
-    start_timeout_s: float = _at_least(0, 300.0)
-    request_timeout_s: float = _at_least(0, 120.0)
+    start_timeout_s: float = _above(0, 300.0)
+    request_timeout_s: float = _above(0, 120.0)
     groups_per_request: int = _at_least(1, 8)
     max_concurrent_groups: int = _at_least(1, 32)
     heldout_limit: int = _at_least(0, 512)
@@ -185,7 +198,7 @@ def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -
     """Build a frozen dataclass from a mapping, checking names and types.
 
     Raises:
-        UsageError: names the key, and for an unknown key the nearest valid one.
+        UsageError: names the key, and for an unknown key the nearest valid one; a value out of its bounds.
     """
     hints = typing.get_type_hints(section)
     fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
@@ -195,14 +208,23 @@ def parse(section: type[Section], mapping: Mapping[str, Any], where: str = "") -
     for name, spec in fields.items():
         if name in mapping:
             values[name] = _value(hints[name], mapping[name], prefix + name)
-            if "at_least" in spec.metadata and values[name] < spec.metadata["at_least"]:
-                problem = f"{prefix}{name} must be at least {spec.metadata['at_least']}, not {values[name]!r}"
-                raise UsageError(problem, op="read config")
+            _demand_bounds(values[name], spec.metadata, prefix + name)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UsageError(
                 f"missing key {prefix}{name}", op="read config", hint=f"Add {name} under [{where or 'file'}]"
             )
     return section(**values)
+
+
+def _demand_bounds(value: Any, bounds: Mapping[str, float], where: str) -> None:
+    """Check a number, or each of a list, against a field's bounds. NaN is within none."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _demand_bounds(item, bounds, f"{where}[{index}]")
+        return
+    for word, bound in bounds.items():
+        if not _BOUNDS[word](value, bound):
+            raise UsageError(f"{where} must be {word} {bound}, not {value!r}", op="read config")
 
 
 def demand_known(names: Iterable[str], section: type, where: str) -> None:

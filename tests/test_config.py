@@ -197,11 +197,35 @@ def test_store_options_are_toml_values_or_plain_text_and_nest_at_dots():
     }
 
 
-@pytest.mark.parametrize("setting", ["lora.rank=0", "train.queue_versions=0", "train.group_size=-1", "rollout.port=0"])
-def test_a_number_out_of_range_is_refused_by_name(file: Path, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("lora.rank=0", "at least 1"),
+        ("train.queue_versions=0", "at least 1"),
+        ("train.group_size=-1", "at least 1"),
+        ("rollout.port=0", "at least 1"),
+        ("task.max_new_tokens=0", "at least 1"),
+        ("train.lr=nan", "at least 0"),
+        ("train.max_grad_norm=0", "above 0"),
+        ("train.behaviour_cap=0", "above 0"),
+        ("train.take_timeout_s=0", "above 0"),
+        ("store.poll_interval_s=0", "above 0"),
+        ("rollout.request_timeout_s=nan", "above 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name(file: Path, setting: str, says: str) -> None:
     dotted, _, value = setting.partition("=")
-    with pytest.raises(UsageError, match=f"{dotted} must be at least"):
-        load_config(file, {dotted: int(value)})
+    with pytest.raises(UsageError, match=f"{dotted} must be {says}, not"):
+        load_config(file, {dotted: float(value) if value == "nan" else int(value)})
+
+
+@pytest.mark.parametrize(
+    ("betas", "says"), [([1.0, 2.0], r"betas\[0\] must be below 1"), ([0, -0.1], r"betas\[1\] must be at least 0")]
+)
+def test_every_number_of_a_list_must_be_within_its_bounds(file: Path, betas: list[float], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load_config(file, {"train.betas": betas})
+    assert load_config(file, {"train.betas": [0, 0.999]}).train.betas == (0.0, 0.999)
 
 
 def test_the_documented_file_names_every_key_and_is_valid() -> None:
