@@ -211,6 +211,27 @@ def test_the_lock_satisfies_every_requirement_of_the_project() -> None:
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
 
 
+@pytest.mark.parametrize(
+    ("extra", "package", "brought"),  # `brought`: comes with a package of the extra, or belongs to a task
+    [
+        ("trainer", "trainer", set()),
+        ("rollout", "rollout", {"torch", "transformers", "reasoning_gym"}),
+        ("s3", "shared", {"aiobotocore"}),
+    ],
+)
+def test_an_extra_names_what_its_package_imports(extra: str, package: str, brought: set[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = map(Requirement, project["dependencies"] + project["optional-dependencies"][extra])
+    known = {requirement.name.split("-")[0] for requirement in named} | brought
+    known |= {"trainer", "publisher", "rollout", "shared", *sys.stdlib_module_names}
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert {name.split(".")[0] for name in names} <= known, file
+
+
 def test_the_lock_is_exact_and_names_no_cuda_package_and_no_path() -> None:
     for name, version in locked().items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
