@@ -9,6 +9,7 @@ Does not: start the engine (`rollout.vllm_server`), sample (`rollout.sampler`).
 """
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from rollout.router import Router
 from rollout.watch import Watcher
 from shared import strict_json
 from shared.catalog import Catalog
-from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError, StoreError
+from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError
 from shared.manifest import Manifest
 from shared.versions import Version, parse_served_name
 
 log = logging.getLogger(__name__)
+
+MAX_REST_S = 30.0
 
 
 class Action(Enum):
@@ -45,6 +48,7 @@ class Seen:
     engine_up: bool
     engine_has_routed: bool
     room: bool  # whether one more version fits into the engine's slots
+    rested: bool = True  # whether enough time has passed since the last failure
 
 
 def decide(seen: Seen) -> Action:
@@ -54,7 +58,7 @@ def decide(seen: Seen) -> Action:
     if seen.routed is not None and not seen.engine_has_routed:
         return Action.RELOAD
     newer = seen.wanted is not None and (seen.routed is None or seen.wanted > seen.routed)
-    if newer and seen.room:
+    if newer and seen.room and seen.rested:
         return Action.DELIVER
     return Action.WAIT
 
@@ -90,17 +94,21 @@ class Agent:
         node: str,
         max_loras: int,
         quarantine_after: int,
+        retry_wait_s: float = 1.0,
         on_routed: Callable[[Manifest], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._catalog, self._engine, self._watcher, self._router = catalog, engine, watcher, router
         self._delivery, self._node = delivery, node
-        self._max_loras, self._quarantine_after = max_loras, quarantine_after
+        self._max_loras, self._quarantine_after, self._retry_wait_s = max_loras, quarantine_after, retry_wait_s
         self._on_routed, self._clock = on_routed, clock
         self.health = Health()
         self._tries: Counter[Version] = Counter()
         self._loaded: set[Version] = set()
         self._retired = False  # whether the round before unloaded something
+        self._failures_in_a_row, self._rest_until = 0, 0.0
+        self._routing = threading.Lock()
+        self._engine_gone = False
 
     @property
     def quarantined(self) -> frozenset[Version]:
@@ -109,27 +117,35 @@ class Agent:
 
     def tick(self) -> Action:
         """Look once and act once. Lets no error of store, engine or version out: they are counted and logged."""
+        if self._engine_gone:
+            self._forget_engine()
         wanted: Version | None = None
         try:
             wanted = self._wanted(self._watcher.look())
             action = decide(self._see(wanted))
             if action is Action.DELIVER and wanted is not None:
                 self._deliver(wanted)
+                self._failures_in_a_row = 0
             elif action is Action.RELOAD:
                 log.warning("engine lost its adapters, loading them again")
                 self.engine_lost()
                 self._watcher.wake()
-            self._retire()
-            return action
         except LorasyncError as error:
             self._count(error, wanted)
             return Action.WAIT
+        self._retire()
+        return action
 
     def engine_lost(self) -> None:
-        """Tell the agent that the engine is down: nobody is routed until it is back and proven again."""
-        if self._router.routed is not None:
-            self.health.reloads += 1
-        self._router.route(None)
+        """Tell the agent that the engine is down, from any thread: nobody is routed until it is back and proven."""
+        with self._routing:
+            if self._router.routed is not None:
+                self.health.reloads += 1
+            self._router.route(None)
+            self._engine_gone = True
+
+    def _forget_engine(self) -> None:
+        self._engine_gone = False
         self._loaded.clear()
         self._delivery.forget()
 
@@ -148,15 +164,12 @@ class Agent:
             names = set(self._engine.models())
         except EngineError:
             return Seen(wanted, routed, False, False, False)
-        self._adopt(names)
+        # What the engine lists is what is loaded: by this life or an earlier one, and less what somebody unloaded.
+        parsed = (parse_served_name(name) for name in names)
+        self._loaded = {found[1] for found in parsed if found and found[0] == self._catalog.layout.adapter}
         has = routed is not None and self._delivery.name(routed) in names
-        return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras)
-
-    def _adopt(self, names: set[str]) -> None:
-        """Count what an earlier life of this agent loaded as loaded, so that it is unloaded when nobody uses it."""
-        for parsed in map(parse_served_name, names):
-            if parsed is not None and parsed[0] == self._catalog.layout.adapter:
-                self._loaded.add(parsed[1])
+        rested = self._clock() >= self._rest_until
+        return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras, rested)
 
     def _deliver(self, version: Version) -> None:
         noticed = self._clock()
@@ -182,7 +195,10 @@ class Agent:
         }
         key = self._catalog.layout.receipt(version, self._node)
         self._catalog.store.put_if_absent(key, strict_json.dumps(receipt))  # the first delivery is the one that counts
-        self._router.route(manifest)
+        with self._routing:
+            if self._engine_gone:  # it died while we delivered: the next tick begins anew
+                return
+            self._router.route(manifest)
         self.health.served_since = served
         log.info("serving version=%s publish_to_served_s=%.3f", version, served - submitted)
         self._on_routed(manifest)
@@ -200,18 +216,30 @@ class Agent:
             self._unload(version)
 
     def _unload(self, version: Version) -> None:
-        self._engine.unload(self._delivery.name(version))
+        """Unload a version; one that stays is tried again at the next tick, and is nobody's fault."""
+        try:
+            self._engine.unload(self._delivery.name(version))
+        except EngineError as error:
+            self.health.failures += 1
+            log.warning("version=%s not unloaded: %s", version, error)
+            return
         self._loaded.discard(version)
         log.info("unloaded version=%s", version)
 
     def _count(self, error: LorasyncError, wanted: Version | None) -> None:
-        """Count a failure; one that the version itself is to blame for brings it nearer to quarantine."""
+        """Count a failure, and rest before the next try, longer each time.
+
+        Only what the version itself may be to blame for brings it nearer to quarantine: bytes that are wrong, an
+        engine that refuses or disproves it. A store or a disk that fails does not, nor an engine that can't be reached.
+        """
         self.health.failures += 1
-        self.health.last_error = str(error)
-        blamed = isinstance(error, Corrupt | EngineError) or (
-            isinstance(error, StoreError) and not error.retryable and not isinstance(error, KeyMissing)
-        )
-        if blamed and not error.retryable and wanted is not None:
+        self._failures_in_a_row += 1
+        self._rest_until = self._clock() + min(self._retry_wait_s * 2 ** (self._failures_in_a_row - 1), MAX_REST_S)
+        if isinstance(error, KeyMissing) and wanted is not None:
+            self._watcher.forget(wanted)
+        if isinstance(error, Corrupt | EngineError) and not error.retryable and wanted is not None:
             self._tries[wanted] += 1
-        state = "quarantined" if wanted in self.quarantined else "will try again"
-        log.warning("version=%s failed (%s): %s", wanted, state, error)
+        if str(error) != self.health.last_error or self._failures_in_a_row == 1:
+            state = "quarantined" if wanted in self.quarantined else "will try again"
+            log.warning("version=%s failed (%s): %s", wanted, state, error)
+        self.health.last_error = str(error)

@@ -12,7 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    EVENT_TYPE_CLOSED,
+    EVENT_TYPE_CREATED,
+    EVENT_TYPE_MODIFIED,
+    EVENT_TYPE_MOVED,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 
 from shared.catalog import Catalog
@@ -20,6 +27,7 @@ from shared.local_store import LocalStore
 from shared.versions import Version
 
 JITTER = 0.2  # fraction of the interval
+WRITES = (EVENT_TYPE_CREATED, EVENT_TYPE_MODIFIED, EVENT_TYPE_MOVED, EVENT_TYPE_CLOSED)
 
 
 class Watcher:
@@ -45,6 +53,7 @@ class Watcher:
         self._catalog, self._poll_s, self._list_s = catalog, poll_interval_s, list_interval_s
         self._clock, self._rng = clock, rng or random.Random()
         self._newest: Version | None = None
+        self._ghosts: set[Version] = set()
         self._tag = ""
         self._listed_at: float | None = None
         self._woken = threading.Event()
@@ -56,18 +65,29 @@ class Watcher:
         Raises:
             StoreError: the store failed; look again later.
         """
-        found: Version | None = None
         hint = self._catalog.hint(self._tag)
         if hint is not None:
             found, self._tag = hint
+            self._see(found if found not in self._ghosts else None)
         now = self._clock()
         if self._listed_at is None or now - self._listed_at >= self._list_s:
-            listed = self._catalog.newest()
+            listed = self._catalog.versions()
             self._listed_at = now
-            found = max((v for v in (found, listed) if v is not None), default=None)
-        if found is not None and (self._newest is None or found > self._newest):
-            self._newest = found
+            self._ghosts -= set(listed)
+            self._see(listed[-1] if listed else None)
         return self._newest
+
+    def forget(self, version: Version) -> None:
+        """A version that was told of and is not there: a hint that outlived its manifest, or an expired version.
+
+        It counts as unseen until a listing shows it; the next look lists.
+        """
+        self._ghosts.add(version)
+        self._newest, self._tag, self._listed_at = None, "", None
+
+    def _see(self, version: Version | None) -> None:
+        if version is not None and (self._newest is None or version > self._newest):
+            self._newest = version
 
     def wait(self) -> None:
         """Sleep until the next look is due, or the directory changed, or `wake`."""
@@ -89,9 +109,9 @@ class _OnChange(FileSystemEventHandler):
     def __init__(self, notify: Callable[[], None], name: str) -> None:
         self._notify, self._name = notify, name
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        """LATEST is replaced by a rename, which names it as the destination."""
-        if str(event.dest_path or event.src_path).endswith(self._name):
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """LATEST is replaced by a rename, which names it as the destination. Reads are events too: our own."""
+        if event.event_type in WRITES and str(event.dest_path or event.src_path).endswith(self._name):
             self._notify()
 
 

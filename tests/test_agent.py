@@ -1,6 +1,8 @@
 """The agent against an engine that misbehaves: whatever fails, the last good version keeps serving."""
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import BASE_NAME, FakeEngine, base_scores, effect_of
@@ -40,7 +42,15 @@ class Bench:
         watcher = Watcher(self.catalog, poll_interval_s=0.01, list_interval_s=0.0)
         delivery = Delivery(self.catalog, self.engine, target)
         return Agent(
-            self.catalog, self.engine, watcher, self.router, delivery, node="n0", max_loras=2, quarantine_after=2
+            self.catalog,
+            self.engine,
+            watcher,
+            self.router,
+            delivery,
+            node="n0",
+            max_loras=2,
+            quarantine_after=2,
+            retry_wait_s=0.0,
         )
 
     def publish(self, number: int, *, canary_off_by: float = 0.0, scale: float = 1.0) -> Version:
@@ -246,6 +256,82 @@ def test_files_that_no_loaded_version_needs_are_deleted(bench: Bench) -> None:
     for _ in range(3):
         bench.agent.tick()
     assert [path.name for path in (bench.folder / "cache" / ADAPTER).iterdir()] == ["0001-000001"]
+
+
+def test_a_lost_unload_reply_blames_no_version_and_holds_up_nothing(bench: Bench) -> None:
+    first = bench.publish(0)
+    bench.agent.tick()
+    del bench.engine.effects[served_name(ADAPTER, first)]  # unloaded by somebody else: ours would get 404
+    bench.agent.tick()
+    for number in (1, 2, 3):
+        latest = bench.publish(number)
+        bench.agent.tick()
+        assert bench.serving == latest
+    assert bench.agent.quarantined == frozenset()
+
+
+def test_a_full_disk_or_a_store_that_fails_quarantines_no_version(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = bench.publish(0)
+    with monkeypatch.context() as full:
+        full.setattr("shared.fetch.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        for _ in range(4):
+            bench.agent.tick()
+    assert (bench.serving, bench.agent.quarantined) == (None, frozenset())
+    bench.agent.tick()
+    assert bench.serving == version
+
+
+def test_a_hint_that_names_a_missing_version_does_not_hold_the_node_up(bench: Bench) -> None:
+    good = bench.publish(0)
+    bench.store.put(bench.catalog.layout.latest, strict_json.dumps({"epoch": 1, "version": 7}))
+    for _ in range(3):
+        bench.agent.tick()
+    assert bench.serving == good
+    latest = bench.publish(8)
+    bench.agent.tick()
+    assert bench.serving == latest
+
+
+def test_an_engine_that_dies_during_a_delivery_is_not_routed_to(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = bench.publish(0)
+    put = bench.store.put_if_absent
+
+    def dies_meanwhile(key: str, content: bytes) -> bool:
+        bench.agent.engine_lost()
+        bench.engine.restart()
+        return put(key, content)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(bench.store, "put_if_absent", dies_meanwhile)
+        bench.agent.tick()
+    assert bench.serving is None
+    bench.agent.tick()
+    assert bench.serving == version
+
+
+def test_a_version_zero_is_served_although_trainer_and_engine_differ_by_rounding(bench: Bench) -> None:
+    version = bench.publish(0, scale=0.0, canary_off_by=8e-5)
+    bench.agent.tick()
+    assert bench.serving == version
+
+
+def test_reading_the_hint_does_not_wake_the_watcher(bench: Bench) -> None:
+    bench.publish(0)
+    bench.publisher.close()  # LATEST is written after the manifest
+    woken = threading.Event()
+    watcher = Watcher(bench.catalog, poll_interval_s=60.0, list_interval_s=0.0)
+    watcher.look()
+    waiting = threading.Thread(target=lambda: (watcher.wait(), woken.set()))
+    waiting.start()
+    for _ in range(50):
+        bench.catalog.hint()
+    assert not woken.wait(0.5), "a read is no reason to look"
+    bench.store.put(bench.catalog.layout.latest, strict_json.dumps({"epoch": 1, "version": 1}))
+    assert woken.wait(5.0), "a write is"
+    waiting.join()
+    watcher.close()
 
 
 def test_a_rank_above_the_engines_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
