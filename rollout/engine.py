@@ -23,6 +23,17 @@ HINTS = {
     ("score", 404): "Load the adapter first; the engine forgets all of them when it restarts",
 }
 
+# What is left out of a request, vLLM takes from the model's generation_config.json: tokens would be drawn from a
+# truncated distribution, and their log-probabilities recorded under the whole one.
+UNTRUNCATED = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -173,6 +184,7 @@ def _completion_body(model: str, max_tokens: int, temperature: float) -> dict[st
         "temperature": temperature,
         "logprobs": 0,
         "return_token_ids": True,
+        **UNTRUNCATED,
     }
 
 

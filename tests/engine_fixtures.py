@@ -52,9 +52,15 @@ def group_members(group: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def vllm_server(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """A healthy server of the tiny model in fp32, LoRA on, on a free port."""
+    """A healthy server of the tiny model in fp32, LoRA on, on a free port.
+
+    Its model "recommends" greedy decoding, as real ones recommend top_k = 20: what we sample must not heed that.
+    """
     log_path = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_model_len=128, max_num_seqs=64)
+    recommended = ("--override-generation-config", '{"top_k": 1}')  # as if it stood in generation_config.json
+    rollout = RolloutConfig(
+        port=free_port(), start_timeout_s=240, max_model_len=128, max_num_seqs=64, engine_args=recommended
+    )
     with VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), rollout, log_path) as server:
         server.start()
         yield server

@@ -1,11 +1,12 @@
 """The client to vLLM: what vLLM's HTTP API is known to do, and what a server does that misbehaves."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -142,6 +143,40 @@ def test_replies_keep_the_order_of_more_requests_than_connections(
     assert [json.loads(reply.content)["number"] for reply in replies] == list(range(len(requests)))
 
 
+class ClosesIdle(Scripted):
+    """Closes idle connections, as uvicorn does, and keeps the first request waiting until it has closed one."""
+
+    timeout = 0.2
+    closed: ClassVar[Event]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if json.loads(body)["number"] == 0:
+            assert self.closed.wait(10)
+        self.rfile = io.BytesIO(body)
+        super().do_POST()
+        self.rfile = self.connection.makefile("rb")
+
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()
+        self.closed.set()
+
+
+def test_a_connection_that_the_server_closed_as_idle_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "echo", True)
+    monkeypatch.setattr(ClosesIdle, "closed", Event(), raising=False)
+    monkeypatch.setattr("rollout.exchange.MAX_CONNECTIONS", 2)
+    requests = [Request("POST", "/", {"number": number}) for number in range(6)]
+    with ThreadingHTTPServer(("127.0.0.1", 0), ClosesIdle) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        replies = exchange(
+            parse_server_url(f"http://127.0.0.1:{server.server_port}"), requests, op="test", timeout_s=10
+        )
+        server.shutdown()
+    assert [json.loads(reply.content)["number"] for reply in replies] == list(range(len(requests)))
+
+
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://"])
 def test_a_url_of_no_server_is_a_usage_error(url: str) -> None:
     with pytest.raises(UsageError):
@@ -202,3 +237,13 @@ def test_seeds_give_prompts_random_streams_of_their_own(vllm_engine: VllmEngine)
         "base", [[1, 20, 40]] * 32, list(range(32)), max_tokens=4, temperature=1.0
     )
     assert Counter(c.token_ids[0] for c in completions).most_common(1)[0][1] < 8
+
+
+@pytest.mark.engine
+def test_what_the_model_recommends_for_sampling_is_not_heeded(vllm_engine: VllmEngine) -> None:
+    """The session's server says top_k = 1: heeded, every draw would be the likeliest token."""
+    prompts, options = [[1, 20, 40]] * 16, {"max_tokens": 1, "temperature": 1.0}
+    seeded = vllm_engine.complete_seeded("base", prompts, list(range(16)), **options)
+    unseeded = [group[0] for group in vllm_engine.complete("base", prompts, n=1, **options)]
+    for completions in (seeded, unseeded):
+        assert len({completion.token_ids for completion in completions}) > 4
