@@ -7,14 +7,14 @@ torchvision::nms does not exist"), which takes transformers and vLLM with it. Te
 they are made unimportable first: in this process, in the engine it forks or spawns, and in the process that vLLM starts
 to look a model class up. Where torch has CUDA, or where a package is itself a CPU build, nothing is touched.
 
-Started by `rollout.vllm_server`, it ends, engine and all, when that process does (`rollout.lifeline`).
+Started by `rollout.vllm_server`, it ends, engine and all, when that process does (`shared.lifeline`).
 """
 
 import runpy
 import sys
 from importlib import metadata
 
-from rollout.lifeline import die_with_parent, follow_parent
+from shared.lifeline import die_with_parent, follow_parent
 
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"

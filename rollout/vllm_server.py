@@ -13,10 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from rollout.engine import VllmEngine
-from rollout.lifeline import ProcessGroup
 from rollout.vllm_settings import arguments, check_port, check_settings, environment
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
 from shared.errors import EngineError
+from shared.lifeline import ProcessGroup
 
 STOP_GRACE_S = 15.0
 POLL_S = 0.25

@@ -41,7 +41,9 @@ def arguments(model: ModelConfig, rollout: RolloutConfig) -> list[str]:
     if is_cpu_build():
         flags["kv-cache-memory-bytes"] = kv_cache_bytes(model, rollout)
     pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    switches = ["--enable-lora", "--enforce-eager", "--disable-uvicorn-access-log"]
+    switches = ["--enable-lora", "--disable-uvicorn-access-log"]
+    if is_cpu_build():
+        switches.append("--enforce-eager")  # nothing to capture, and what would be compiled runs no faster
     return [*pairs, *switches, *rollout.engine_args]
 
 
@@ -75,6 +77,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(rollout.threads),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a user's own rollout/ in the working directory must not shadow ours
     }
     if is_cpu_build():
         settings |= {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from shared.errors import LorasyncError
+from shared.lifeline import follow_parent
 
 # Names, not imports: shared/ stands below the packages that these live in.
 COMMANDS = {
@@ -52,6 +53,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
+    follow_parent()
     words = list(sys.argv[1:] if arguments is None else arguments)
     named = next((word for word in words if not word.startswith("-")), None)
     options = parser(named if named in COMMANDS else None).parse_args(words)

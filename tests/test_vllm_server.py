@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from engine_fixtures import free_port, group_members, wait_until
 
-from rollout.lifeline import ProcessGroup
 from rollout.vllm_server import VllmServer, last_line, telling_line
 from rollout.vllm_settings import arguments, check_port, check_settings, kv_cache_bytes, sampling_seed
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
 from shared.errors import EngineError, UsageError
+from shared.lifeline import ProcessGroup
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_log_without_an_exception_tells_its_last_line() -> None:
 GRANDCHILD = "import signal; print('up', flush=True); signal.pause()"
 CHILD = f"""
 import subprocess, sys
-from rollout.lifeline import follow_parent
+from shared.lifeline import follow_parent
 follow_parent()
 subprocess.run([sys.executable, "-c", {GRANDCHILD!r}])
 """
@@ -149,7 +149,7 @@ PARENT = """
 import sys
 from pathlib import Path
 import os
-from rollout.lifeline import ProcessGroup
+from shared.lifeline import ProcessGroup
 group = ProcessGroup([sys.executable, "-c", sys.argv[1]], os.environ, Path(sys.argv[2]))
 print(group.pid, flush=True)
 sys.stdin.read()
@@ -192,7 +192,12 @@ def test_a_killed_parent_takes_child_and_grandchild_with_it(tmp_path: Path) -> N
 
 
 @pytest.mark.engine
-def test_a_death_at_the_start_says_why(tiny_hf: Path, tmp_path: Path) -> None:
+def test_a_death_at_the_start_says_why_and_a_users_folders_are_not_it(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "__init__.py").write_text("raise AssertionError('a package of the user')\n")
+    monkeypatch.chdir(tmp_path)
     rollout = RolloutConfig(port=free_port(), engine_args=("--tea", "now"))
     server = VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), rollout, tmp_path / "vllm.log")
     with pytest.raises(EngineError, match="unrecognized arguments: --tea") as caught:

@@ -33,6 +33,7 @@ def add_demo(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from rollout.demo.processes import end_in_order
     from rollout.demo.run import run_demo
     from rollout.demo.settings import DemoOptions
     from shared.arguments import store_options
@@ -49,6 +50,7 @@ def _demo(options: argparse.Namespace) -> int:
     )
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # by an exception, so that the children are stopped on the way out
+    end_in_order()
     run_demo(demo, Console())
     return 0
 

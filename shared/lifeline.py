@@ -1,9 +1,10 @@
 """A child process group that ends when this process does, however it ends.
 
-vLLM's engine core is a grandchild: a SIGKILL of this process would leave it running, holding memory and a port's worth
-of surprises. So the child holds the read end of a pipe whose write end only we have; when we die the kernel closes it,
-the child sees the end of file and kills its whole group. PR_SET_PDEATHSIG alone would not do: it fires when the thread
-that started the child ends, and reaches one process, not its children.
+Children have children: an engine core under its server, the server under a node, the node under the demo. A SIGKILL of
+this process would leave them running, holding memory and a port's worth of surprises. So the child holds the read end
+of a pipe whose write end only we have; when we die the kernel closes it, the child sees the end of file and kills its
+whole group. PR_SET_PDEATHSIG alone would not do: it fires when the thread that started the child ends, and reaches one
+process, not its children.
 
 Reads one variable of the environment, in the child only: LORASYNC_LIFELINE_FD, which `ProcessGroup` sets.
 """
