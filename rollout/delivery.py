@@ -67,18 +67,30 @@ class Delivered:
 
 
 class Delivery:
-    """Delivers versions of one adapter to one engine. Used by one thread."""
+    """Delivers versions of one adapter to one engine. Used by one thread.
+
+    Args:
+        name_prefix: set before served names by who shares an engine with an agent: names of another adapter's form,
+            which the agent neither adopts nor unloads.
+    """
 
     def __init__(
-        self, catalog: Catalog, engine: Engine, target: Target, clock: Callable[[], float] = time.monotonic
+        self,
+        catalog: Catalog,
+        engine: Engine,
+        target: Target,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        name_prefix: str = "",
     ) -> None:
         self._catalog, self._engine, self._target, self._clock = catalog, engine, target, clock
+        self._served_adapter = name_prefix + catalog.layout.adapter
         self._folder = target.cache / catalog.layout.adapter
         self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
 
     def name(self, version: Version) -> str:
         """Under which the engine serves a version."""
-        return served_name(self._catalog.layout.adapter, version)
+        return served_name(self._served_adapter, version)
 
     def deliver(self, version: Version) -> Delivered:
         """Bring a version into the engine; one that fails its proof is unloaded again.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rollout.engine import Completion, Engine
 from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
-from shared.errors import Corrupt
+from shared.errors import Corrupt, UsageError
 
 SCHEMA = pa.schema(
     [
@@ -101,8 +101,11 @@ def evaluate(
         seed: prompt i samples with seed + i, independently of the others.
 
     Raises:
+        UsageError: no prompts; a reward without outcomes says nothing.
         EngineError: the engine failed.
     """
+    if not prompts:
+        raise UsageError("no held-out prompts to evaluate", op="evaluate", hint="Raise rollout.heldout_limit")
     token_ids = [list(prompt.token_ids) for prompt in prompts]
     seeds = [seed + number for number in range(len(prompts))]
     greedy = engine.complete(name, token_ids, n=1, max_tokens=max_tokens, temperature=0.0)

@@ -2,7 +2,8 @@
 
 A version is held (`Router.hold`) from the moment it is routed until its evaluation is put, so it stays loaded although
 newer versions are routed meanwhile. While more than one version waits, `behind` asks the sampler to pause: evaluation
-sets the pace then, instead of versions going unmeasured.
+sets the pace then, instead of versions going unmeasured. What is lost to a passing fault of store or engine is tried
+again; without held-out prompts (`rollout.heldout_limit = 0`) nothing is evaluated.
 """
 
 import logging
@@ -19,12 +20,13 @@ from shared.catalog import Catalog
 from shared.config import Config
 from shared.errors import EngineError, KeyMissing, StoreError
 from shared.manifest import Manifest
-from shared.versions import served_name
+from shared.versions import Version, served_name
 
 log = logging.getLogger(__name__)
 
 FINAL_SEED_OFFSET = 1_000_000
 DONE_POLL_S = 1.0  # between looks whether the trainer is done
+RETRY_WAIT_S = 1.0  # after a passing fault
 
 
 class Heldout:
@@ -42,8 +44,9 @@ class Heldout:
         self._catalog, self._engine, self._router, self._config = catalog, engine, router, config
         self._prompts, self._reward = list(prompts)[: config.rollout.heldout_limit], reward
         self._waiting: queue.Queue[Manifest] = queue.Queue()
-        self._final_done = False
-        self.lost = 0  # evaluations that failed; a version that is routed again is evaluated again
+        self._final_done = not self._prompts
+        self._troubled: set[Version] = set()  # whose evaluation failed, and was told
+        self.lost = 0  # evaluations that failed for good; a version that is routed again is evaluated again
 
     def enqueue(self, manifest: Manifest) -> None:
         """Evaluate a version that was just routed, unless this node did so in an earlier life."""
@@ -64,13 +67,32 @@ class Heldout:
             except queue.Empty:
                 self._evaluate_final()
                 continue
-            try:
-                self._evaluate(manifest, self._config.rollout.node, self._config.rollout.seed)
-            except (EngineError, StoreError) as error:
-                self.lost += 1
-                log.warning("held-out evaluation of version=%s lost: %s", manifest.version, error)
-            finally:
+            if self._evaluated(manifest):
                 self._router.release(manifest.version)
+            else:
+                self._waiting.put(manifest)  # still held
+                stopping.wait(RETRY_WAIT_S)
+
+    def _evaluated(self, manifest: Manifest) -> bool:
+        """Evaluate a version; whether that is settled, done or lost for good."""
+        if self._exists(self._catalog.layout.evaluation(manifest.version, self._config.rollout.node)):
+            return True  # routed twice: its engine was started again meanwhile
+        try:
+            self._evaluate(manifest, self._config.rollout.node, self._config.rollout.seed)
+        except (EngineError, StoreError) as error:
+            again = error.retryable
+            self.lost += not again
+            if manifest.version not in self._troubled:
+                log.warning(
+                    "held-out evaluation of version=%s %s: %s",
+                    manifest.version,
+                    "will be tried again" if again else "lost",
+                    error,
+                )
+            self._troubled.add(manifest.version)
+            return not again
+        self._troubled.discard(manifest.version)
+        return True
 
     def _evaluate_final(self) -> None:
         """The served policy after the end of training, measured afresh: what a frozen run must show to be flat."""

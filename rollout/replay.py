@@ -111,9 +111,10 @@ def replay(
     max_tokens: int,
     seed: int,
 ) -> Iterator[Replayed]:
-    """Deliver, evaluate and unload each version in turn; yields each as it is done.
+    """Deliver, evaluate, unload and delete each version in turn; yields each as it is done.
 
     Raises:
+        UsageError: no prompts.
         LorasyncError: the version can't be delivered or the engine fails; nothing is skipped silently.
     """
     for version in versions:
@@ -122,6 +123,7 @@ def replay(
             evaluation = evaluate(engine, delivered.name, prompts, reward, max_tokens=max_tokens, seed=seed)
         finally:
             engine.unload(delivered.name)
+            delivery.sweep(keep=())
         step = int(delivered.manifest.training.get("step", -1))
         yield Replayed(version, step, evaluation, _recorded(catalog, version, prompts, seed))
 
