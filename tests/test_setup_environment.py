@@ -127,6 +127,16 @@ def test_a_run_that_did_not_finish_is_cleared_away(
     assert "did not finish" in capsys.readouterr().out
 
 
+def test_an_environment_is_marked_unfinished_before_anything_is_put_into_it(
+    setup: ModuleType, fails: Callable[[Path], str], tmp_path: Path
+) -> None:
+    def run(_command: list[str], venv: Path, _steps: object = None) -> None:
+        raise setup.SetupError(f"killed with {[file.name for file in venv.iterdir()]}")
+
+    setup.run = run
+    assert fails(tmp_path / "venv") == f"set-up failed: killed with ['{setup.UNFINISHED}']\n"
+
+
 def test_pips_error_becomes_one_line_with_the_place_of_the_rest(setup: ModuleType, tmp_path: Path) -> None:
     program = "print('much'); print('ERROR: No space left on device'); print('hint'); raise SystemExit(1)"
     with pytest.raises(setup.SetupError, match=r"^No space left on device \(all of it: .*venv\.log\)$"):
