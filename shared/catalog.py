@@ -1,8 +1,8 @@
 """What versions an adapter has, read from the store.
 
 "Latest" is the highest (epoch, number) with a manifest. LATEST is a hint that saves a listing: it may lag and, when a
-stalled trainer of a lower epoch wakes up, even step back; `newest` never does, because the reader keeps the highest
-version it has seen. A listing now and then finds what the hint missed.
+stalled trainer of a lower epoch wakes up, even step back. A listing neither lags nor steps back unless versions are
+deleted; whoever follows the hint keeps the highest version it has seen, and lists now and then (rollout/watch.py).
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from shared import strict_json
 from shared.errors import Corrupt, KeyMissing, UsageError
 from shared.layout import LAYOUT, Layout, version_of
-from shared.manifest import Manifest
+from shared.manifest import MAX_MANIFEST_BYTES, Manifest
 from shared.store import Store
 from shared.versions import Version
 
@@ -63,7 +63,7 @@ class Catalog:
             Corrupt: the manifest, or one that stands under another version's name.
         """
         key = self.layout.manifest(version)
-        manifest = Manifest.parse(self.store.get(key), key=key)
+        manifest = Manifest.parse(self.store.get(key, MAX_MANIFEST_BYTES), key=key)
         if (manifest.adapter, manifest.version) != (self.layout.adapter, version):
             problem = f"names {manifest.adapter}@{manifest.version}"
             raise Corrupt(problem, op="read manifest", key=key, version=str(version))
@@ -103,7 +103,7 @@ class Catalog:
 
     def _hint_object(self, key: str) -> dict[str, Any] | None:
         try:
-            return strict_json.load_object(self.store.get(key), key=key, max_bytes=MAX_HINT_BYTES)
+            return strict_json.load_object(self.store.get(key, MAX_HINT_BYTES), key=key, max_bytes=MAX_HINT_BYTES)
         except (KeyMissing, Corrupt):
             return None
 
@@ -115,7 +115,7 @@ def check_layout(store: Store, layout: Layout) -> None:
         Corrupt: a newer layout, or not one at all.
     """
     try:
-        content = store.get(layout.layout)
+        content = store.get(layout.layout, MAX_HINT_BYTES)
     except KeyMissing:
         return
     body = strict_json.load_object(content, key=layout.layout, max_bytes=MAX_HINT_BYTES)

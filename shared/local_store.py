@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from shared.errors import KeyMissing, StoreError, StoreUnfit, UsageError
+from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.store import Entry, Fetched, check_key
 
 Result = TypeVar("Result")
@@ -34,8 +34,14 @@ class LocalStore:
         self.root = Path(path).expanduser().absolute()
         self.url = self.root.as_uri()
 
-    def get(self, key: str) -> bytes:
-        return _translated("get", key, self._path(key).read_bytes)
+    def get(self, key: str, max_bytes: int | None = None) -> bytes:
+        def read() -> bytes:
+            with self._path(key).open("rb") as file:
+                if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+                    raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
+                return file.read()
+
+        return _translated("get", key, read)
 
     def get_if_changed(self, key: str, tag: str) -> Fetched | None:
         def read() -> Fetched | None:

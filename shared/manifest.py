@@ -1,7 +1,8 @@
 """The manifest of a version: what it holds, where the bytes lie, and what to demand of them. Putting it is the commit.
 
-Promises: `Manifest.parse(m.to_bytes()) == m`; equal manifests are equal bytes (no clock, no host inside), so racing
-committers of one version write the same object; its own digest and its parent's digest make a chain.
+Promises: `Manifest.parse(m.to_bytes()) == m`; equal manifests are equal bytes, so racing committers of one version
+write the same object (nothing is the committer's own: no host, and the one time in it, `training.submitted_at`, is from
+rank 0's record); its own digest and its parent's digest make a chain.
 Does not: trust itself. Readers check its digest, then every part's, then names, shapes and values.
 
 docs/format.md shows one, field by field.

@@ -4,9 +4,10 @@ Guards against: two winners of one name (conditional writes of one small request
 writer win on some servers), a reply that got lost (read back: same bytes means it was ours), listings and
 filesystem instances from a cache, errors of a dozen libraries (one type gets out).
 
-Retries happen here and nowhere else: bounded in number and time, jittered, and only around reads and writes that are
-safe to repeat (an object is written whole, and an exclusive write is read back). s3fs repeats once by itself, for the
-sake of the parts of a large write. A server that accepts and never answers is given up within a minute.
+Requests are retried here: bounded in number and time, jittered, and only reads and writes that are safe to repeat (an
+object is written whole, and an exclusive write is read back). s3fs repeats once by itself, for the sake of the parts
+of a large write. A server that accepts and never answers is given up within a minute. Who can outlast an outage goes on
+asking above: the publisher until its version is committed, the intake and the watcher at their next look.
 """
 
 import random
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
-from shared.errors import KeyMissing, StoreError, UsageError
+from shared.errors import Corrupt, KeyMissing, StoreError, UsageError
 from shared.store import Entry, Fetched, check_key
 
 Result = TypeVar("Result")
@@ -40,11 +41,12 @@ class ObjectStore:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         self._scheme, _, path = url.partition("://")
+        self._is_s3 = self._scheme in ("s3", "s3a")
         if self._scheme != "memory" and not path.strip("/"):
             hint = f"Write {self._scheme}://bucket/prefix"
             raise UsageError("no bucket in the store URL", op="open store", key=url, hint=hint)
         settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
-        if self._scheme in ("s3", "s3a"):
+        if self._is_s3:
             timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
             settings["config_kwargs"] = {
                 **timeouts,
@@ -53,7 +55,7 @@ class ObjectStore:
             }
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **settings)
-            if self._scheme in ("s3", "s3a"):
+            if self._is_s3:
                 _steady(self._fs)
         except ImportError as error:
             raise UsageError(
@@ -69,13 +71,13 @@ class ObjectStore:
             ) from error
         self._root = self._root.rstrip("/")
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, max_bytes: int | None = None) -> bytes:
         path = self._path(key)
-        return self._attempt("get", key, lambda: self._read_whole(path))
+        return self._attempt("get", key, lambda: self._read_whole(path, key, max_bytes))
 
     def get_if_changed(self, key: str, tag: str) -> Fetched | None:
         path = self._path(key)
-        conditional = self._get_if_none_match if self._scheme in ("s3", "s3a") else self._get_if_other_mark
+        conditional = self._get_if_none_match if self._is_s3 else self._get_if_other_mark
         return self._attempt("get", key, lambda: conditional(path, tag))
 
     def put(self, key: str, content: bytes) -> None:
@@ -95,7 +97,7 @@ class ObjectStore:
             except Exception as error:
                 if not _says_exists(error):
                     raise
-            return self._read_whole(path) == content
+            return self._read_whole(path, key) == content
 
         def write_alone() -> bool:
             with _MEMORY_LOCK:
@@ -139,7 +141,7 @@ class ObjectStore:
                 found = self._fs.find(path, detail=True)
             except FileNotFoundError:
                 found = {}
-            if not found and self._scheme in ("s3", "s3a"):  # s3fs tells a missing bucket as an empty one
+            if not found and self._is_s3:  # s3fs tells a missing bucket as an empty one
                 bucket, below, _ = self._fs.split_path(path)
                 self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{below}/", MaxKeys=1)
             cut = len(self._root) + 1
@@ -159,29 +161,44 @@ class ObjectStore:
 
         self._attempt("delete", key, remove)
 
-    def _read_whole(self, path: str) -> bytes:
-        """In one request: s3fs asks for the size first, to read in parallel, unless it is told not to."""
-        options = {"max_concurrency": 1} if self._scheme in ("s3", "s3a") else {}
-        return cast(bytes, self._fs.cat_file(path, **options))
+    def _read_whole(self, path: str, key: str, max_bytes: int | None = None) -> bytes:
+        """On S3 in one request; s3fs's `cat_file` asks for the size first, and repeats what is repeated already."""
+        if self._is_s3:
+            answer = self._get_object(path)
+            if max_bytes is not None and answer["ContentLength"] > max_bytes:
+                answer["Body"].close()
+            else:
+                return self._body(answer)
+        elif max_bytes is None or self._fs.info(path)["size"] <= max_bytes:
+            return cast(bytes, self._fs.cat_file(path))
+        raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
 
     def _read_range(self, path: str, start: int, end: int) -> bytes:
+        if self._is_s3:
+            return self._body(self._get_object(path, Range=f"bytes={start}-{end - 1}"))
         return cast(bytes, self._fs.cat_file(path, start=start, end=end))
+
+    def _get_object(self, path: str, **conditions: str) -> Mapping[str, Any]:
+        bucket, key, _ = self._fs.split_path(path)
+        answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, **conditions, **self._fs.req_kw)
+        return cast(Mapping[str, Any], answer)
+
+    def _body(self, answer: Mapping[str, Any]) -> bytes:
+        return cast(bytes, fsspec.asyn.sync(self._fs.loop, answer["Body"].read))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
 
     def _get_if_none_match(self, path: str, tag: str) -> Fetched | None:
         """S3's conditional GET: 304 comes as an exception."""
-        bucket, key, _ = self._fs.split_path(path)
         condition = {"IfNoneMatch": tag} if tag else {}
         try:
-            answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, **condition)
+            answer = self._get_object(path, **condition)
         except Exception as error:
             if _status(error) == 304:
                 return None
             raise
-        body = fsspec.asyn.sync(self._fs.loop, answer["Body"].read)
-        return Fetched(cast(bytes, body), answer["ETag"])
+        return Fetched(self._body(answer), answer["ETag"])
 
     def _get_if_other_mark(self, path: str, tag: str) -> Fetched | None:
         """Elsewhere: compare what `info` says changes with the content, then read."""
@@ -196,6 +213,8 @@ class ObjectStore:
         for attempt in range(1, attempts + 1):
             try:
                 return call()
+            except Corrupt:
+                raise
             except Exception as error:
                 translated = self._translate(op, key, error)
                 late = time.monotonic() - began > RETRY_FOR_S

@@ -36,16 +36,27 @@ class Fetched:
 
 
 class Store(Protocol):
-    """What every scheme offers. All methods raise StoreError (KeyMissing for an absent key) and nothing else."""
+    """What every scheme offers.
+
+    All methods raise StoreError (KeyMissing for an absent key), UsageError for what `check_key` refuses, and nothing
+    else but what their own lines say.
+    """
 
     url: str
 
-    def get(self, key: str) -> bytes:
-        """The whole object."""
+    def get(self, key: str, max_bytes: int | None = None) -> bytes:
+        """The whole object.
+
+        Raises:
+            Corrupt: it has more than `max_bytes`; its bytes were not read.
+        """
         ...
 
     def get_if_changed(self, key: str, tag: str) -> Fetched | None:
-        """The object if its tag is another than `tag`, else None. One request."""
+        """The object if its tag is another than `tag`, else None.
+
+        One request on S3; elsewhere one that asks for the tag, and one for the bytes if it changed.
+        """
         ...
 
     def put(self, key: str, content: bytes) -> None:

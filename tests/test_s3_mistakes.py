@@ -93,8 +93,9 @@ def test_endpoint_and_credentials_come_from_a_file_or_from_flags_as_well(s3: S3S
 
 
 @pytest.fixture
-def mute() -> Iterator[str]:
-    """The URL of a server that accepts connections and reads, and never says a word."""
+def mute() -> Iterator[tuple[str, list[socket.socket]]]:
+    """A server that accepts connections and reads, and never says a word: its URL, and what it accepted."""
+    connections: list[socket.socket] = []
     with socket.socket() as listener, contextlib.ExitStack() as accepted:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -102,25 +103,26 @@ def mute() -> Iterator[str]:
         def accept() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    accepted.enter_context(listener.accept()[0])
+                    connections.append(accepted.enter_context(listener.accept()[0]))
 
         thread = threading.Thread(target=accept)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
 @pytest.mark.parametrize("operation", ["get", "list", "put", "put_if_absent", "put_stream"])
 def test_no_operation_waits_without_end_for_a_server_that_never_answers(
-    mute: str, monkeypatch: pytest.MonkeyPatch, operation: str
+    mute: tuple[str, list[socket.socket]], monkeypatch: pytest.MonkeyPatch, operation: str
 ):
     monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(object_store, "RETRY_FOR_S", 0.0)
-    store = open_store("s3://bucket/x", {"endpoint_url": mute, "key": "k", "secret": "s"})
+    store = open_store("s3://bucket/x", {"endpoint_url": mute[0], "key": "k", "secret": "s"})
     content: dict[str, Any] = {"put": b"x", "put_if_absent": b"x", "put_stream": [b"x"]}
     began = time.monotonic()
     with pytest.raises(StoreError, match="Read timeout") as caught:
         getattr(store, operation)("a/b", *([content[operation]] if operation in content else []))
     assert caught.value.retryable
     assert time.monotonic() - began < 10
+    assert len(mute[1]) == object_store.S3FS_ATTEMPTS  # each of them takes READ_TIMEOUT_S

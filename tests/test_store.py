@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3_server import S3Server
 
-from shared.errors import KeyMissing, StoreError, StoreUnfit, UsageError
+from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.local_store import LocalStore
 from shared.store import Store
 from shared.stores import open_store, probe
@@ -99,6 +99,19 @@ def test_a_conditional_read_gives_nothing_until_the_object_changes(opener: Opene
     store.put("policy/LATEST", b"two")
     second = reader.get_if_changed("policy/LATEST", first.tag)
     assert second is not None and second.content == b"two" and second.tag != first.tag
+
+
+def test_an_object_larger_than_its_reader_allows_is_corrupt(store: Store):
+    store.put("m/a", b"x" * 100)
+    assert store.get("m/a", 100) == store.get("m/a") == b"x" * 100
+    for _ in range(20):  # more than a pool of connections holds: a refused answer gives its own back
+        with pytest.raises(Corrupt, match="more than the 99 bytes allowed") as caught:
+            store.get("m/a", max_bytes=99)
+    assert caught.value.key == "m/a"
+    with pytest.raises(KeyMissing):
+        store.get("m/b", max_bytes=99)
+    store.put("m/empty", b"")
+    assert store.get("m/empty", 0) == b""
 
 
 def test_a_listing_sees_every_earlier_write_of_others_in_key_order(opener: Opener):
