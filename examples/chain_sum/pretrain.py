@@ -2,10 +2,11 @@
 
     python examples/chain_sum/pretrain.py --out DIR
 
-takes about six minutes on two idle cores. DIR gets base_model/ (Hugging Face format, bf16), train.jsonl and
+takes about twelve minutes on two busy cores. DIR gets base_model/ (Hugging Face format, bf16), train.jsonl and
 heldout.jsonl; the ones in rollout/demo/assets were made this way. Promises: held-out expressions are in no
-demonstration; the rewards printed at the end are of the rounded weights that were written; a second run on the same
-machine gives the same bytes. Does not: give them on another CPU, torch or number of threads.
+demonstration; the rewards printed at the end are of the rounded weights that were written; seeds and deterministic
+algorithms throughout, so that a second run on the same machine and threads should give the same bytes (seen for the
+first steps, never for a whole run). Does not: give them on another CPU, torch or number of threads.
 """
 
 import argparse
