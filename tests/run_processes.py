@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from engine_fixtures import free_port
 
@@ -38,7 +39,7 @@ from shared.versions import Version
 from trainer.checkpoint import newest
 from trainer.intake import Position
 
-START_S, RUN_S = 120.0, 240.0  # deadlines: a process's start, a run of a few steps
+START_S, RUN_S = 240.0, 400.0  # deadlines on a machine that others use too: a process's start, a run of a few steps
 POLL_S = 0.05
 LINES_TOLD = 15  # of each log, when a wait fails
 
@@ -120,6 +121,18 @@ def wait_for(condition: Callable[[], Found], deadline_s: float, *commands: Comma
             raise AssertionError("\n".join([problem, *(command.tail() for command in commands)]))
         time.sleep(POLL_S)
     return found
+
+
+def engine_group(node: Command) -> int:
+    """The process group of a node's own engine."""
+    [server] = psutil.Process(node.pid).children()
+    return os.getpgid(server.pid)
+
+
+def engine_core(group: int) -> int:
+    """The process in which an engine computes, a child of its server."""
+    [core] = [child for child in psutil.Process(group).children() if "EngineCore" in " ".join(child.cmdline())]
+    return core.pid
 
 
 def ask(*words: str, environment: Mapping[str, str] | None = None, deadline_s: float = 60) -> tuple[int, str, str]:
@@ -246,7 +259,7 @@ def small_run(folder: Path, *, port: int = 8000, **train: Any) -> Run:
     The adapter is called after the folder, so that runs can share an engine.
     """
     config = main_config(DemoOptions(out=folder, adapter=folder.name, port=port))
-    small = {"prompts_per_step": 8, "group_size": 4, "publish_every": 1, "checkpoint_every": 3, "take_timeout_s": 120.0}
+    small = {"prompts_per_step": 8, "group_size": 4, "publish_every": 1, "checkpoint_every": 3, "take_timeout_s": 600.0}
     rollout = {"heldout_limit": 32, "groups_per_request": 4, "max_concurrent_groups": 8}
     config = dataclasses.replace(
         config,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import free_port, group_members
-from run_processes import START_S, Run, small_run, wait_for
-from test_end_to_end_node import engine_group
+from run_processes import START_S, Run, engine_group, small_run, wait_for
 
 pytestmark = pytest.mark.megatron
 

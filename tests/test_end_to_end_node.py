@@ -11,17 +11,17 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from engine_fixtures import free_port, group_members
 from rescore import ROUNDING, gap_by_version
 from run_processes import (
     RUN_S,
     START_S,
-    Command,
     Run,
     changed,
     demand_each_group_decided_once,
+    engine_core,
+    engine_group,
     small_run,
     wait_for,
 )
@@ -34,18 +34,6 @@ from shared.versions import Version
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 STEPS = 9
-
-
-def engine_group(node: Command) -> int:
-    """The process group of the node's engine."""
-    [server] = psutil.Process(node.pid).children()
-    return os.getpgid(server.pid)
-
-
-def core_of(group: int) -> psutil.Process:
-    """The engine's core, a child of its server."""
-    [core] = [child for child in psutil.Process(group).children() if "EngineCore" in " ".join(child.cmdline())]
-    return core
 
 
 def requests_running(url: str) -> bool:
@@ -79,7 +67,7 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Survived:
             wait_for(lambda: run.reached(Version(1, 1)), START_S + RUN_S, node, trainer)
             group = engine_group(node)
             wait_for(lambda: requests_running(url), RUN_S, node, trainer)
-            os.kill(core_of(group).pid, signal.SIGKILL)
+            os.kill(engine_core(group), signal.SIGKILL)
             wait_for(lambda: run.serving() is None, RUN_S, node, trainer)
             latest_then = run.catalog.newest()
             routed_again = wait_for(run.serving, RUN_S, node, trainer)
