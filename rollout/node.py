@@ -21,13 +21,14 @@ from rollout.engine import Engine
 from rollout.heldout import Heldout
 from rollout.router import Router
 from rollout.sampler import Sampler
-from rollout.tasks.prompts import load_prompts
+from rollout.tasks.prompts import configured_prompts
 from rollout.tasks.reward import load_reward
 from rollout.watch import Watcher
 from shared import strict_json
 from shared.catalog import Catalog, check_layout
 from shared.config import Config
 from shared.errors import EngineError, LorasyncError, StoreError
+from shared.run_record import record_run
 from shared.stores import open_store, probe
 
 log = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ class Node:
         self._catalog = Catalog(store, config.store.adapter)
         probe(store, self._catalog.layout.probes)
         check_layout(store, self._catalog.layout)
+        record_run(self._catalog, config)
         target = engine_target(config, base_name)
-        options = config.store.options
         reward = load_reward(config.task.reward)
-        train_prompts = load_prompts(config.task.train_prompts, options, config.model.path) if sample else []
-        heldout_prompts = load_prompts(config.task.heldout_prompts, options, config.model.path)
+        train_prompts = configured_prompts(config, config.task.train_prompts) if sample else []
+        heldout_prompts = configured_prompts(config, config.task.heldout_prompts)
         self._router = Router()
         self._watcher = Watcher(
             self._catalog,

@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rollout.tasks.prompts import Prompt, load_prompts, write_prompts
-from shared.errors import UsageError
+from rollout.tasks.prompts import Prompt, configured_prompts, load_prompts, write_prompts
+from shared.config import Config, ModelConfig, RolloutConfig, StoreConfig, TaskConfig
+from shared.errors import StoreError, UsageError
 
 ASSETS = Path(__file__).parent.parent / "rollout" / "demo" / "assets"
 PROMPTS = [
@@ -101,3 +102,29 @@ def test_text_without_a_loadable_tokenizer_is_a_usage_error(tmp_path: Path) -> N
         load_prompts(url)
     with pytest.raises(UsageError, match="tokenizer does not load"):
         load_prompts(url, base_model=tmp_path)
+
+
+def run_of(url: str, store: StoreConfig, max_model_len: int = 128) -> Config:
+    task = TaskConfig(url, url, "m:f", max_new_tokens=8)
+    return Config(store, ModelConfig("nowhere"), task, rollout=RolloutConfig(max_model_len=max_model_len))
+
+
+def test_the_stores_options_go_only_to_files_under_its_own_scheme(tmp_path: Path) -> None:
+    url = written(tmp_path, '{"id": "a", "token_ids": [5]}')
+    options = {"auto_mkdir": True, "unheard_of": object()}
+    for store in ("s3://bucket", "memory://run"):
+        assert configured_prompts(run_of(url, StoreConfig(store, options=options)), url)
+    memory = "memory://test_task_prompts/options.jsonl"
+    fsspec.filesystem("memory").pipe_file(memory, b'{"id": "a", "token_ids": [5]}\n')
+    seen = {"compression": "gzip"}  # an option of fsspec.open, to see that it arrives: the file is none
+    with pytest.raises(StoreError, match=r"(?i)gzip"):
+        configured_prompts(run_of(memory, StoreConfig("memory://run", options=seen)), memory)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_whole_completion_is_named(tmp_path: Path) -> None:
+    url = written(tmp_path, '{"id": "fits", "token_ids": [1, 2]}', '{"id": "long", "token_ids": [1, 2, 3]}')
+    store = StoreConfig(str(tmp_path))
+    assert len(configured_prompts(run_of(url, store, max_model_len=11), url)) == 2
+    with pytest.raises(UsageError, match=r"'long' has 3 tokens.*1 of 2 prompts") as caught:
+        configured_prompts(run_of(url, store, max_model_len=10), url)
+    assert "rollout.max_model_len = 11" in caught.value.hint

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.utils import get_protocol
 
+from shared.config import Config
 from shared.errors import LorasyncError, StoreError, UsageError
 
 OP = "read prompts"
@@ -64,6 +66,32 @@ def load_prompts(
     if not prompts:
         raise UsageError("no prompt in the file", op=OP, key=url)
     return _with_token_ids(prompts, str(base_model), url)
+
+
+def configured_prompts(config: Config, url: str) -> list[Prompt]:
+    """Read one of a run's prompt files, each prompt of a length that the engine takes with a whole completion.
+
+    The store's options go to the file only where it lies under the store's own scheme: another one does not know them.
+
+    Raises:
+        UsageError: as `load_prompts`, or a prompt that is too long.
+        StoreError: the file could not be read.
+    """
+    options = config.store.options if get_protocol(url) == get_protocol(config.store.url) else {}
+    prompts = load_prompts(url, options, config.model.path)
+    room = config.rollout.max_model_len - config.task.max_new_tokens
+    too_long = [prompt for prompt in prompts if len(prompt.token_ids) > room]
+    if too_long:
+        longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
+        raise UsageError(
+            f"prompt {longest.id!r} has {len(longest.token_ids)} tokens; with task.max_new_tokens "
+            f"{config.task.max_new_tokens} that is more than rollout.max_model_len {config.rollout.max_model_len} "
+            f"({len(too_long)} of {len(prompts)} prompts are too long)",
+            op=OP,
+            key=url,
+            hint=f"Set rollout.max_model_len = {len(longest.token_ids) + config.task.max_new_tokens}",
+        )
+    return prompts
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
