@@ -74,9 +74,9 @@ def put_shard(
 ) -> None:
     """Put this rank's shard and, when it is durable, its record. A lone rank without aliases puts a PEFT directory."""
     attempt = layout.attempt(heading.version, claim.nonce)
-    stem = f"{attempt}/rank-{rank.index:05d}"
     plain = rank.world == 1 and not aliases
-    key = f"{attempt}/adapter_model.safetensors" if plain else f"{stem}-of-{rank.world:05d}.safetensors"
+    name = "adapter_model" if plain else f"rank-{rank.index:05d}-of-{rank.world:05d}"
+    key = f"{attempt}/{name}.safetensors"
     store.put_stream(key, shard_chunks(pieces))
     if rank.index == 0:
         lora = heading.lora
@@ -103,17 +103,22 @@ def put_shard(
     if rank.index == 0:
         record["training"] = dict(heading.training)
         record["canary"] = asdict(heading.canary) if heading.canary else None
-    store.put(f"{stem}.json", strict_json.dumps(record))
+    store.put(_record(layout, claim, heading.version, rank.index), strict_json.dumps(record))
+
+
+def missing_ranks(store: Store, layout: Layout, claim: Claim, version: Version, world: int) -> list[int]:
+    """The ranks whose record of an attempt is not there: one listing."""
+    there = {entry.key for entry in store.list(layout.attempt(version, claim.nonce))}
+    return [rank for rank in range(world) if _record(layout, claim, version, rank) not in there]
 
 
 def read_records(
     store: Store, layout: Layout, claim: Claim, version: Version, world: int
 ) -> list[dict[str, Any]] | None:
     """The records of an attempt in rank order, or None while some are missing: until then it costs one listing."""
-    attempt = layout.attempt(version, claim.nonce)
-    keys = [f"{attempt}/rank-{index:05d}.json" for index in range(world)]
-    if not {entry.key for entry in store.list(attempt)}.issuperset(keys):
+    if missing_ranks(store, layout, claim, version, world):
         return None
+    keys = [_record(layout, claim, version, rank) for rank in range(world)]
     return [strict_json.load_object(store.get(key), key=key, max_bytes=MAX_MANIFEST_BYTES) for key in keys]
 
 
@@ -174,7 +179,7 @@ def commit(
         return None
     manifest = build_manifest(heading, records).sealed()
     demand_complete(manifest, expected)
-    demand_unfenced(store, layout, claim)
+    demand_unfenced(store, layout, claim.epoch, op="commit")
     if not store.put_if_absent(layout.manifest(heading.version), manifest.to_bytes()):
         raise Fenced(
             f"{heading.version} is committed with other bytes", op="commit", key=layout.manifest(heading.version)
@@ -182,6 +187,10 @@ def commit(
     hint = {"epoch": heading.version.epoch, "version": heading.version.number, "digest": manifest.digest}
     store.put(layout.latest, strict_json.dumps(hint))
     return manifest
+
+
+def _record(layout: Layout, claim: Claim, version: Version, rank: int) -> str:
+    return f"{layout.attempt(version, claim.nonce)}/rank-{rank:05d}.json"
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

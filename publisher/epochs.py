@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared import strict_json
@@ -28,7 +29,7 @@ class Claim:
     nonce: str
 
 
-def claim_epoch(store: Store, layout: Layout) -> Claim:
+def claim_epoch(store: Store, layout: Layout, clock: Callable[[], float] = time.time) -> Claim:
     """Claim the next epoch of an adapter, writing layout.json first if this is the very first.
 
     Raises:
@@ -38,7 +39,7 @@ def claim_epoch(store: Store, layout: Layout) -> Claim:
     check_layout(store, layout)
     store.put_if_absent(layout.layout, strict_json.dumps({"layout": LAYOUT, "uuid": uuid.uuid4().hex}))
     nonce = uuid.uuid4().hex[:12]
-    claim = {"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "claimed_at": time.time()}
+    claim = {"nonce": nonce, "host": socket.gethostname(), "pid": os.getpid(), "claimed_at": clock()}
     for _ in range(CLAIM_TRIES):
         epoch = max(_claimed(store, layout), default=0) + 1
         if store.put_if_absent(layout.epoch(epoch), strict_json.dumps({"epoch": epoch, **claim})):
@@ -46,17 +47,17 @@ def claim_epoch(store: Store, layout: Layout) -> Claim:
     raise Fenced(f"another trainer won each of {CLAIM_TRIES} claims", op="claim epoch", key=layout.epochs)
 
 
-def demand_unfenced(store: Store, layout: Layout, claim: Claim) -> None:
-    """Check that no later life has begun.
+def demand_unfenced(store: Store, layout: Layout, epoch: int, *, op: str) -> None:
+    """Check that no later life than `epoch` has begun, on behalf of `op`.
 
     Raises:
         Fenced: one has.
     """
     newest = max(_claimed(store, layout), default=0)
-    if newest > claim.epoch:
+    if newest > epoch:
         raise Fenced(
-            f"epoch {newest} was claimed after our epoch {claim.epoch}",
-            op="publish",
+            f"epoch {newest} was claimed after our epoch {epoch}",
+            op=op,
             key=layout.epoch(newest),
             hint="Another trainer took over; this one stops",
         )

@@ -1,15 +1,16 @@
 """Publishing behind the step: the training thread hands over a copy, one background thread does the rest.
 
-    publisher = Publisher(store, claim, ...)
+    publisher = Publisher(store, layout, claim, ...)
     ...
     publisher.submit(number, convert(base_config, named_lora(model)), training={"step": step}, canary=canary)
     ...
     publisher.close()             # waits for what was submitted; raises what went wrong
 
-What the step pays for: one copy of the adapter to host memory, and, when the queue of `queue_versions` is full because
-the store is slow, either the wait for a place ("wait") or nothing, and the version is never published ("skip"). Which
-of the two is the configuration's choice and is counted. A store that fails for a while is tried again until it
-answers; being fenced, or an adapter that is not whole or not finite, ends the publisher, and the next call says so.
+What the step pays for: what it hands over (one forward pass for the canary, if it makes one), one copy of the adapter
+to host memory, and, when the queue of `queue_versions` is full because the store is slow, either the wait for a place
+("wait") or nothing, and the version is not published ("skip"). Which of the two is the configuration's choice; both are
+logged and counted. A store that fails for a while is tried again until it answers; being fenced, or an adapter that is
+not whole or not finite, ends the publisher, and the next call says so.
 """
 
 import logging
@@ -20,11 +21,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from publisher.commit import Heading, Rank, commit, put_shard
+from publisher.commit import Heading, Rank, commit, missing_ranks, put_shard
 from publisher.convert import AdapterSlice
 from publisher.epochs import Claim
+from publisher.outage import Outage
 from publisher.shard import encode, in_wire_order, wire_scale
-from shared.base_model import BaseIdentity, identify, read_base_config
+from shared.base_model import BaseIdentity, read_base_config
 from shared.config import LoraConfig
 from shared.errors import LorasyncError, StoreError, UsageError
 from shared.layout import Layout
@@ -71,6 +73,7 @@ class Publisher:
         claim: Claim,
         *,
         base_path: str,
+        base: BaseIdentity,
         lora: LoraConfig,
         parallel: Mapping[str, int],
         parent: Manifest | None = None,
@@ -79,16 +82,18 @@ class Publisher:
         on_full_queue: Literal["wait", "skip"] = "wait",
         record_timeout_s: float = 300.0,
         on_published: Callable[[Published], None] = lambda _: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._layout, self._claim, self._rank = store, layout, claim, rank
         self._lora, self._parallel, self._on_published = lora, dict(parallel), on_published
         self._expected = expected_tensors(read_base_config(base_path), lora.targets, lora.rank)
         self._order = {name: position for position, name in enumerate(self._expected)}
-        self._base: BaseIdentity = identify(base_path)
+        self._base, self._clock = base, clock
         self._base_name = str(base_path).rstrip("/").rsplit("/", 1)[-1]
         self._parent = Parent(parent.version, parent.digest) if parent else None
         self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
-        self.skipped, self._last_number = 0, -1
+        self.skipped, self.last_number = 0, -1  # versions not queued; the last one that was
+        self._outage = Outage("publisher")
         self._failure: LorasyncError | None = None
         self._stopping = threading.Event()
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=queue_versions)
@@ -102,6 +107,7 @@ class Publisher:
         *,
         training: Mapping[str, Any],
         canary: Canary | None = None,
+        must: bool = False,
     ) -> bool:
         """Copy the adapter and queue it as version (epoch, number).
 
@@ -110,18 +116,19 @@ class Publisher:
             slices: this rank's, from `publisher.convert.convert`; views of live parameters, copied before returning.
             training: JSON for the manifest (step, metrics, ...). `submitted_at` (Unix seconds) is added.
             canary: the trainer's own log-probabilities under exactly this adapter.
+            must: wait for a place even where the policy is to skip: the last version of a run.
 
         Returns:
-            False if the queue was full and the policy is to skip.
+            False if the queue was full and the policy is to skip. The same number may then be submitted later.
 
         Raises:
             LorasyncError: what ended an earlier publication (Fenced, Corrupt, StoreError).
             UsageError: a number not higher than the last one: its shards would be written over.
         """
         self.check()
-        if number <= self._last_number:
-            raise UsageError(f"version number {number} after {self._last_number}", op="publish")
-        if self._on_full == "skip" and self._jobs.full():
+        if number <= self.last_number:
+            raise UsageError(f"version number {number} after {self.last_number}", op="publish")
+        if self._on_full == "skip" and not must and self._jobs.full():
             self.skipped += 1
             log.warning("publisher: queue full, skipped number=%d skipped=%d", number, self.skipped)
             return False
@@ -138,17 +145,25 @@ class Publisher:
             lora=LoraShape(self._lora.rank, self._lora.alpha, wire_alpha, self._lora.targets),
             parallel=self._parallel,
             encoding=self._lora.encoding,
-            training={**training, "submitted_at": time.time()},
+            training={**training, "submitted_at": self._clock()},
             canary=canary,
         )
-        job = _Job(heading, copies, copied - started, 0.0)
+        job, waiting = _Job(heading, copies, copied - started, 0.0), False
         while True:
             try:
                 self._jobs.put(replace(job, wait_s=time.monotonic() - copied), timeout=RECORD_POLL_S)
-                self._last_number = number
+                self.last_number = number
                 return True
             except queue.Full:
                 self.check()
+                if not waiting:
+                    waiting = True
+                    log.warning("publisher: queue full, the step waits number=%d", number)
+
+    @property
+    def store_failures(self) -> int:
+        """Calls of the store that failed and were tried again."""
+        return self._outage.failures
 
     def close(self, *, abandon: bool = False) -> None:
         """Publish what is queued, stop, and raise what went wrong.
@@ -206,22 +221,43 @@ class Publisher:
             if manifest is not None:
                 break
             if time.monotonic() > deadline or self._stopping.is_set():
-                raise StoreError(f"not all of {world} ranks put a record", op="commit", version=str(heading.version))
+                raise self._ranks_missing(heading.version)
             self._stopping.wait(RECORD_POLL_S)
         self._parent = Parent(manifest.version, manifest.digest)
         seconds = time.monotonic() - started
-        log.info("published version=%s bytes=%d seconds=%.3f", manifest.version, manifest.size, seconds)
+        log.info(
+            "published version=%s bytes=%d copy_s=%.3f wait_s=%.3f seconds=%.3f",
+            manifest.version,
+            manifest.size,
+            job.copy_s,
+            job.wait_s,
+            seconds,
+        )
         self._on_published(Published(manifest.version, manifest.size, job.copy_s, job.wait_s, seconds))
 
     def _until_store_answers(self, call: Callable[[], Result]) -> Result:
         while True:
             try:
-                return call()
+                result = call()
             except StoreError as error:
-                if not error.retryable or self._stopping.is_set():
+                self._outage.failed(error)
+                if self._stopping.is_set():
                     raise
-                log.warning("publisher: store failed, trying again: %s", error)
                 self._stopping.wait(RETRY_WAIT_S)
+            else:
+                self._outage.answered()
+                return result
+
+    def _ranks_missing(self, version: Version) -> StoreError:
+        world = self._rank.world
+        missing = missing_ranks(self._store, self._layout, self._claim, version, world)
+        names = ", ".join(map(str, missing)) or "none any more"
+        return StoreError(
+            f"not all of {world} ranks put a record: missing {names}",
+            op="commit",
+            version=str(version),
+            hint="Look at the logs of these ranks",
+        )
 
 
 def _copy(slices: Iterable[AdapterSlice]) -> list[AdapterSlice]:

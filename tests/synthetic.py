@@ -13,6 +13,7 @@ from publisher.convert import MegatronLora, convert
 from publisher.epochs import Claim, claim_epoch
 from publisher.publisher import Publisher
 from shared.adapter_files import TensorSpec, header_bytes, read_tensors
+from shared.base_model import identify
 from shared.catalog import Catalog
 from shared.config import LoraConfig
 from shared.layout import Layout
@@ -86,7 +87,7 @@ def open_publisher(store: Store, base: Path, claim: Claim | None = None, **optio
     layout = Layout(ADAPTER)
     claim = claim or claim_epoch(store, layout)
     options = {"lora": LORA, "parallel": {"tp": options.get("rank", Rank()).world}, **options}
-    return Publisher(store, layout, claim, base_path=str(base), **options)
+    return Publisher(store, layout, claim, base_path=str(base), base=identify(base), **options)
 
 
 def publish(store: Store, base: Path, count: int = 1, **options: Any) -> list[Manifest]:

@@ -34,7 +34,7 @@ from publisher.publisher import Publisher
 from rollout.demo.settings import FINAL_REWARD_AT_LEAST, DemoOptions, main_config
 from rollout.proof import DEFAULT_SEQUENCE
 from rollout.vllm_server import VllmServer
-from shared.base_model import read_base_config
+from shared.base_model import identify, read_base_config
 from shared.config import LoraConfig
 from shared.errors import Fenced
 from shared.layout import stem
@@ -168,7 +168,15 @@ def publish(run: Run, base: Path, lora: LoraConfig, seed: int) -> Version:
     config = read_base_config(base)
     claim = claim_epoch(run.catalog.store, run.catalog.layout)
     layout = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "dp": 1}
-    publisher = Publisher(run.catalog.store, run.catalog.layout, claim, base_path=str(base), lora=lora, parallel=layout)
+    publisher = Publisher(
+        run.catalog.store,
+        run.catalog.layout,
+        claim,
+        base_path=str(base),
+        base=identify(base),
+        lora=lora,
+        parallel=layout,
+    )
     pieces = [
         dataclasses.replace(factor, lora_A=factor.lora_A * 0.1, lora_B=factor.lora_B * 0.1)
         for factor in synthetic.factors(seed, dict(config), lora.rank)

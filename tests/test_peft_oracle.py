@@ -22,7 +22,7 @@ from torch import Tensor
 
 from publisher.epochs import claim_epoch
 from publisher.publisher import Publisher
-from shared.base_model import read_base_config
+from shared.base_model import identify, read_base_config
 from shared.catalog import Catalog
 from shared.config import Config, LoraConfig, ModelConfig, StoreConfig, TaskConfig
 from shared.console import main
@@ -114,7 +114,13 @@ def publish(folder: Path, tiny_hf: Path, lora: LoraConfig, tokens_BT: Tensor) ->
         piece.tensor.copy_(adapter[piece.name][rows, columns])
     store, layout = open_store(config.store.url), Layout(config.store.adapter)
     publisher = Publisher(
-        store, layout, claim_epoch(store, layout), base_path=str(tiny_hf), lora=lora, parallel={"tp": 1}
+        store,
+        layout,
+        claim_epoch(store, layout),
+        base_path=str(tiny_hf),
+        base=identify(tiny_hf),
+        lora=lora,
+        parallel={"tp": 1},
     )
     publisher.submit(0, policy.slices(), training={"step": 0}, canary=policy.canary())
     publisher.close()

@@ -139,8 +139,8 @@ def test_three_ranks_make_one_manifest_that_assembles_to_exactly_the_lone_ranks_
 
 def test_any_order_of_ranks_commits_when_the_last_record_is_there_and_not_before(store: LocalStore, base: Path):
     claim = claim_epoch(store, LAYOUT)
-    for rank in (2, 0):
-        with pytest.raises(StoreError, match="not all of 3 ranks"):
+    for rank, missing in ((2, "0, 1"), (0, "1")):
+        with pytest.raises(StoreError, match=f"not all of 3 ranks put a record: missing {missing}"):
             submit_as(store, base, claim, rank, timeout_s=0.2)
         assert Catalog(store, synthetic.ADAPTER).newest() is None
     submit_as(store, base, claim, 1)
@@ -296,10 +296,19 @@ def test_a_full_queue_skips_versions_when_told_so_and_counts_them(tmp_path: Path
     assert store.waiting.wait(TIMEOUT_S)  # the thread holds version 0; the queue holds one more
     assert submit(1)
     assert [submit(2), submit(3)] == [False, False]
-    assert publisher.skipped == 2
+    assert (publisher.skipped, publisher.last_number) == (2, 1)
+    last = threading.Thread(
+        target=publisher.submit,
+        args=(3, slices(synthetic.factors(3))),
+        kwargs={"training": {}, "must": True},
+    )
+    last.start()
+    last.join(0.3)
+    assert last.is_alive()  # the last version of a run is waited for
     store.gate.set()
+    last.join(TIMEOUT_S)
     publisher.close()
-    assert Catalog(store, synthetic.ADAPTER).versions() == [Version(1, 0), Version(1, 1)]
+    assert Catalog(store, synthetic.ADAPTER).versions() == [Version(1, 0), Version(1, 1), Version(1, 3)]
 
 
 def test_a_full_queue_makes_the_step_wait_when_told_so_and_says_how_long(tmp_path: Path, base: Path):
@@ -320,11 +329,15 @@ def test_a_full_queue_makes_the_step_wait_when_told_so_and_says_how_long(tmp_pat
     assert done[0].wait_s < 0.2 < done[2].wait_s
 
 
-def test_a_store_that_fails_for_a_while_is_outlasted(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_fails_for_a_while_is_outlasted(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setattr(publisher_module, "RETRY_WAIT_S", 0.01)
     store = Flaky(str(tmp_path / "store"), failures=3)
-    synthetic.publish(store, base)
+    with caplog.at_level("WARNING"):
+        synthetic.publish(store, base)
     assert store.failed == 6
+    assert sum("store" in record.message for record in caplog.records) == 4  # two outages, each said twice
     assert Catalog(store, synthetic.ADAPTER).newest() == Version(1, 0)
 
 

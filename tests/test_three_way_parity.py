@@ -16,7 +16,7 @@ from publisher.epochs import claim_epoch
 from publisher.publisher import Publisher
 from rollout.engine import VllmEngine
 from rollout.proof import gap
-from shared.base_model import read_base_config
+from shared.base_model import identify, read_base_config
 from shared.catalog import Catalog
 from shared.config import Config, LoraConfig, ModelConfig, StoreConfig, TaskConfig, TrainConfig
 from shared.fetch import WEIGHTS, fetch
@@ -68,7 +68,13 @@ def test_a_trained_version_gives_the_same_logprobs_in_megatron_vllm_and_transfor
         policy.update(batch, step)
     store, layout = open_store(url), Layout("policy")
     publisher = Publisher(
-        store, layout, claim_epoch(store, layout), base_path=str(tiny_hf), lora=lora, parallel={"tp": 1}
+        store,
+        layout,
+        claim_epoch(store, layout),
+        base_path=str(tiny_hf),
+        base=identify(tiny_hf),
+        lora=lora,
+        parallel={"tp": 1},
     )
     publisher.submit(1, policy.slices(), training={"step": STEPS}, canary=policy.canary())
     publisher.close()
