@@ -1,12 +1,16 @@
 """The trainer's checkpoints: committed by their JSON, checked before use, two kept, written behind the step."""
 
+import hashlib
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from publisher.epochs import claim_epoch
+from shared import strict_json
 from shared.errors import Corrupt, Fenced, StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
@@ -23,6 +27,13 @@ def store(tmp_path: Path) -> LocalStore:
 def checkpoint(epoch: int, step: int) -> Checkpoint:
     tensors = {"lora.a": torch.full((3, 2), step + 0.1), "rng.cpu": torch.arange(16, dtype=torch.uint8)}
     return Checkpoint(epoch, step, {"position": {"taken": step}}, tensors)
+
+
+def put_body(store: LocalStore, key: str, **changes: Any) -> None:
+    """Change a checkpoint's body and seal it again."""
+    body = json.loads(store.get(key))["body"] | changes
+    sealed = {"sha256": hashlib.sha256(strict_json.dumps(body)).hexdigest(), "body": body}
+    store.put(key, strict_json.dumps(sealed))
 
 
 def steps_on(store: LocalStore) -> list[str]:
@@ -61,6 +72,39 @@ def test_a_zombie_of_a_lower_epoch_does_not_displace_its_successors_state(store)
     assert steps_on(store) == ["00000002-000000000005", "00000002-000000000010"]
 
 
+def test_a_zombie_commits_nothing_that_a_third_life_would_go_on_from(store):
+    """Epoch 2 resumed from (1, 20) and has no checkpoint of its own yet when epoch 1 wakes up and writes (1, 25)."""
+    claim_epoch(store, LAYOUT)
+    write(store, LAYOUT, checkpoint(1, 20))
+    claim_epoch(store, LAYOUT)
+    with pytest.raises(Fenced, match="epoch 2 was claimed after our epoch 1"):
+        write(store, LAYOUT, checkpoint(1, 25))
+    found = newest(store, LAYOUT)
+    assert found is not None and found.step == 20
+
+
+def test_what_lost_writes_left_behind_goes_with_the_next_checkpoints(store):
+    orphans = [
+        f"{LAYOUT.checkpoint(1, 5)}/state-abc.safetensors",
+        f"{LAYOUT.checkpoint(1, 10)}/state-def.safetensors",
+    ]
+    for key in orphans:
+        store.put(key, b"half a file")
+    for step in (15, 20):
+        write(store, LAYOUT, checkpoint(1, step))
+    left = [entry.key for entry in store.list(LAYOUT.checkpoints)]
+    assert len(left) == 4 and not set(left) & set(orphans)
+
+
+def test_a_checkpoint_that_is_known_is_not_read_again_while_it_is_the_newest(store):
+    write(store, LAYOUT, checkpoint(1, 5))
+    known = newest(store, LAYOUT)
+    assert newest(store, LAYOUT, known) is known
+    write(store, LAYOUT, checkpoint(1, 10))
+    found = newest(store, LAYOUT, known)
+    assert found is not None and found.step == 10
+
+
 def test_a_checkpoint_without_its_json_does_not_exist(store):
     write(store, LAYOUT, checkpoint(1, 5))
     store.put(f"{LAYOUT.checkpoint(1, 10)}/state-abc.safetensors", b"half a file")
@@ -68,7 +112,7 @@ def test_a_checkpoint_without_its_json_does_not_exist(store):
     assert found is not None and found.step == 5
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "json", "format"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "json", "format", "state", "name", "no tensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(store, damage):
     write(store, LAYOUT, checkpoint(1, 5))
     write(store, LAYOUT, checkpoint(1, 10))
@@ -85,7 +129,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(store, damage):
         case "json":
             store.put(state, b"{")
         case "format":
-            store.put(state, json.dumps(json.loads(store.get(state)) | {"format": 99}).encode())
+            put_body(store, state, format=99)
+        case "state":  # one flipped bit: still JSON
+            store.put(state, store.get(state).replace(b'"taken":10', b'"taken":11'))
+        case "name":
+            put_body(store, state, tensors={"name": "../state-000000000000.safetensors", "size": 1, "sha256": ""})
+        case "no tensors":
+            store.put(tensors, b"{}")
+            digest = hashlib.sha256(b"{}").hexdigest()
+            put_body(store, state, tensors={"name": tensors.rpartition("/")[2], "size": 2, "sha256": digest})
     found = newest(store, LAYOUT)
     assert found is not None and found.step == 5
 

@@ -165,9 +165,10 @@ def test_files_that_retention_removed_are_forgotten(store, clock):
     intake = intake_of(store, clock)
     take(intake, 2, V(1, 0))
     store.delete(key)
-    take(intake, 1, V(1, 0))
+    put(store, V(1, 0), "c", "d")
+    take(intake, 2, V(1, 0))
     assert key not in intake.position.decided
-    assert intake.position.consumed == 3
+    assert intake.position.consumed == 4
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,44 @@ def test_the_heartbeat_ends_a_wait(store, clock):
         intake_of(store, clock).take(1, V(1, 0), 5.0, heartbeat=fenced)
 
 
+def test_groups_that_can_never_be_taken_do_not_renew_the_timeout(store, clock):
+    for second in range(1, 20):
+        clock.events += [
+            (second, lambda second=second: put(store, V(9, 9), f"foreign-{second}", str(second))),
+            (second, lambda second=second: put(store, V(1, 0), f"short-{second}", str(second), size=1)),
+        ]
+    with pytest.raises(LorasyncError, match="no new trajectories for 5 s"):
+        take(intake_of(store, clock), 1, V(1, 0))
+    assert clock.now == 6.0
+
+
+def test_a_file_whose_name_is_no_key_is_dropped_with_the_groups_that_it_promises(store, clock):
+    key = put(store, V(1, 0), "a", "a", "b")
+    file = store.root / key
+    file.with_name(f"copy of {file.name}").write_bytes(file.read_bytes())
+    intake = intake_of(store, clock)
+    assert take(intake, 2, V(1, 0)) == ["a", "b"]
+    assert intake.position.dropped == {"corrupt": 2}
+
+
+class CountingStore(LocalStore):
+    """Counts its listings."""
+
+    listings = 0
+
+    def list(self, prefix: str) -> list[Entry]:
+        self.listings += 1
+        return super().list(prefix)
+
+
+def test_the_store_is_looked_at_only_while_too_few_groups_wait(store, clock):
+    counting = CountingStore(store.url)
+    put(store, V(1, 0), "a", *(str(i) for i in range(6)))
+    intake = intake_of(counting, clock)
+    assert [take(intake, 2, V(1, 0)) for _ in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert counting.listings == 1
+
+
 class Flaky(LocalStore):
     """Fails its first listings."""
 
@@ -240,9 +279,15 @@ class Flaky(LocalStore):
         return super().list(prefix)
 
 
-def test_a_store_that_fails_for_a_while_is_waited_for(store, clock):
+def test_a_store_that_fails_for_a_while_is_waited_for_and_said_twice(store, clock, caplog):
     put(store, V(1, 0), "a", "a")
-    assert take(intake_of(Flaky(store.url), clock), 1, V(1, 0)) == ["a"]
+    intake = intake_of(Flaky(store.url), clock)
+    with caplog.at_level("WARNING"):
+        assert take(intake, 1, V(1, 0)) == ["a"]
+    assert intake.store_failures == 3
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2, "once when it begins to fail, once when it answers again"
+    assert "connection reset" in said[0] and "answers again seconds=3.0 failures=3" in said[1]
 
 
 def test_a_store_that_refuses_for_good_is_not(store, clock):

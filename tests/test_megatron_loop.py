@@ -11,7 +11,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from shared.adapter_files import read_tensors
 from shared.catalog import Catalog
 from shared.config import Config, LoraConfig, ModelConfig, StoreConfig, TaskConfig, TrainConfig, to_toml
 from shared.console import main
-from shared.errors import Fenced, LorasyncError, UsageError, WrongBase
-from shared.layout import Layout
+from shared.errors import Fenced, LorasyncError, StoreError, UsageError, WrongBase
+from shared.layout import Layout, version_of
 from shared.local_store import LocalStore
+from shared.store import Entry
 from shared.versions import Version
 from trainer.checkpoint import newest
 from trainer.loop import Trainer, train
@@ -85,6 +88,12 @@ def test_a_life_publishes_a_version_per_step_and_leaves_the_base_as_it_was(confi
     assert (outcome["step"], outcome["taken_groups"], outcome["dropped_groups"]) == (4, 12, 0)
     assert (outcome["staleness_mean"], outcome["staleness_max"]) == (0.0, 0)
     assert catalog.progress() == outcome
+    assert (outcome["store_failures"], outcome["missed_hints"], outcome["missed_checkpoints"]) == (0, 0, 0)
+    costs = {"canary_s", "publish_copy_s", "publish_wait_s", "publish_write_s"}
+    assert costs <= outcome.keys() and costs <= catalog.manifest(Version(1, 4)).training.keys()
+    assert (
+        "clipped_fraction" not in catalog.manifest(Version(1, 4)).training
+    )  # always 0
     for number, manifest in enumerate(map(catalog.manifest, catalog.versions())):
         assert (manifest.training["step"], manifest.training["taken_groups"]) == (number, 3 * number)
         parent = manifest.parent
@@ -167,6 +176,7 @@ def test_a_frozen_run_never_resumes(config: Config, store: LocalStore):
         train(with_train(config, steps=2))
     with pytest.raises(UsageError, match="frozen run starts from the base model"):
         train(config, frozen=True)
+    assert len(store.list(LAYOUT.epochs)) == 1, "a mistake fences nobody"
 
 
 def test_samplers_are_told_of_drops_while_the_trainer_waits_so_that_nobody_waits_for_ever(
@@ -199,6 +209,67 @@ def test_a_trainer_that_was_succeeded_stops_while_it_waits(config: Config, store
         trainer.run()
 
 
+class LosesListings(LocalStore):
+    """Fails every second listing of the claims once `armed`."""
+
+    armed, asked, failures = False, 0, 0
+
+    def list(self, prefix: str) -> list[Entry]:
+        if self.armed and prefix == LAYOUT.epochs:
+            self.asked += 1
+            if self.asked % 2:
+                self.failures += 1
+                raise StoreError("connection reset", op="list", key=prefix, retryable=True)
+        return super().list(prefix)
+
+
+def test_a_fence_check_that_the_store_does_not_answer_ends_nothing(config: Config, store: LocalStore, monkeypatch):
+    monkeypatch.setattr("trainer.loop.FENCE_CHECK_S", 0.0)
+    flaky = LosesListings(store.url)
+    trainer = Trainer(with_train(config, steps=2), flaky)
+    flaky.armed = True
+    with fed(config, store):
+        outcome = trainer.run()
+    assert outcome["step"] == 2 and flaky.failures > 0
+    # Checkpoints count a lost one as missed; publisher and fence check try again.
+    assert outcome["store_failures"] + outcome["missed_checkpoints"] == flaky.failures
+
+
+class SlowStore(LocalStore):
+    """Takes version 0; the shards of later ones when it is let."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.let = threading.Event()
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        if "/data/" in key and version_of(key) != Version(1, 0):
+            assert self.let.wait(60)
+        super().put_stream(key, chunks)
+
+
+def test_the_last_version_is_published_though_the_configuration_says_skip(
+    config: Config, store: LocalStore, caplog: pytest.LogCaptureFixture
+):
+    """All four steps learn from version 0: version 1 is in the store's hands, 2 is queued, 3 and 4 find no place."""
+    slow = SlowStore(store.url)
+    trainer = Trainer(with_train(config, max_staleness=4, on_full_queue="skip"), slow)
+
+    def let_at_the_end() -> None:
+        deadline = time.monotonic() + 60
+        while "the step waits number=4" not in caplog.text and time.monotonic() < deadline:
+            slow.let.wait(0.02)
+        slow.let.set()
+
+    letting = threading.Thread(target=let_at_the_end)
+    letting.start()
+    with caplog.at_level("WARNING"), fed(config, store, groups=12, last_number=0):
+        outcome = trainer.run()
+    letting.join()
+    assert (outcome["number"], outcome["skipped_versions"]) == (4, 2)
+    assert Catalog(store, ADAPTER).newest() == Version(1, 4)
+
+
 def test_a_silent_fleet_ends_the_training_with_a_reason(config: Config):
     with pytest.raises(LorasyncError, match="rollout fleet is stalled"):
         train(with_train(config, take_timeout_s=0.2))
@@ -214,6 +285,10 @@ def test_a_checkpoint_of_another_lora_or_another_base_is_refused(config: Config,
     other = build_tiny_model(tmp_path / "other", seed=9)
     with pytest.raises(WrongBase, match="weights_sha256"):
         train(replace(config, model=ModelConfig(path=str(other))))
+    with pytest.raises(UsageError, match="publish_every 1, the configuration says 2") as caught:
+        train(with_train(config, publish_every=2))
+    assert "train.publish_every" in caught.value.hint
+    assert len(store.list(LAYOUT.epochs)) == 1, "a mistake fences nobody"
 
 
 def test_the_command_prints_its_outcome_as_json(config: Config, store: LocalStore, tmp_path: Path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from shared.base_model import read_base_config
 from shared.errors import Corrupt, UsageError
-from trainer.hf_weights import base_digest, base_parameters, load_base
+from trainer.hf_weights import HfCheckpoint, base_digest, base_parameters, load_base
 from trainer.lora import attach, initial_factor, named_lora
 from trainer.model import build_model, start_process_group
 from trainer.parallel_layout import ParallelLayout
@@ -175,3 +175,19 @@ def test_ranks_that_cannot_form_the_layout_are_counted_out():
         start_process_group(ParallelLayout(tp=2))
     with pytest.raises(UsageError, match="does not divide"):
         ParallelLayout(tp=2, ep=4).check(world_size=2)
+
+
+def test_more_ranks_than_one_are_refused_in_so_many_words(monkeypatch: pytest.MonkeyPatch):
+    start_process_group(ParallelLayout())
+    monkeypatch.setattr("trainer.model.dist.get_world_size", lambda: 2)
+    with pytest.raises(UsageError, match="trains on one rank, and 2 were started"):
+        start_process_group(ParallelLayout())
+
+
+def test_weights_that_cannot_be_read_are_the_callers_mistake(tmp_path: Path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(UsageError, match="cannot read the checkpoint"):
+        HfCheckpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(UsageError, match="cannot read the checkpoint"):
+        HfCheckpoint(tmp_path)

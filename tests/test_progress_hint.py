@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from shared.catalog import Catalog
+from shared.errors import StoreError
 from shared.layout import Layout
+from shared.local_store import LocalStore
 from shared.stores import open_store
-from trainer.progress import ProgressHint
+from trainer.progress import LAST_WORD_S, ProgressHint
 
 LAYOUT = Layout("policy")
 
@@ -37,3 +41,39 @@ def test_a_successor_overwrites_what_the_life_before_told(tmp_path: Path) -> Non
         hint.tell({"epoch": epoch})
         hint.close()
     assert Catalog(store, "policy").progress() == {"epoch": 2}
+
+
+class Down(LocalStore):
+    """Takes no write while it is down."""
+
+    down = True
+    retryable = True
+
+    def put(self, key: str, content: bytes) -> None:
+        if self.down:
+            raise StoreError("connection reset", op="put", key=key, retryable=self.retryable)
+        super().put(key, content)
+
+
+def test_the_last_word_outlasts_a_store_that_fails_for_a_while(tmp_path: Path) -> None:
+    store, waits = Down(str(tmp_path)), []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        store.down = len(waits) < 20
+
+    hint = ProgressHint(store, LAYOUT, epoch=1, wait=wait)
+    hint.tell({"epoch": 1, "done": False})
+    hint.conclude({"epoch": 1, "done": True})
+    assert Catalog(store, "policy").progress() == {"epoch": 1, "done": True}
+    assert (hint.missed, len(waits)) == (1, 20)
+
+
+@pytest.mark.parametrize("retryable", [True, False])
+def test_a_last_word_that_is_lost_fails_the_run(tmp_path: Path, retryable: bool) -> None:
+    store, waits = Down(str(tmp_path)), []
+    store.retryable = retryable
+    hint = ProgressHint(store, LAYOUT, epoch=1, clock=lambda: sum(waits), wait=waits.append)
+    with pytest.raises(StoreError, match="connection reset"):
+        hint.conclude({"epoch": 1, "done": True})
+    assert sum(waits) == pytest.approx(LAST_WORD_S, abs=1.5) if retryable else not waits

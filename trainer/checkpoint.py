@@ -1,11 +1,13 @@
 """The trainer's own state on the store: enough for a killed trainer to go on along the same curve.
 
     {checkpoint}/state-{nonce}.safetensors    LoRA, AdamW's moments and step, random states
-    {checkpoint}/state.json                   put-if-absent, last: step, lineage, data position, digest of the other
+    {checkpoint}/state.json                   put-if-absent, last: {"sha256": of the canonical body, "body": {step,
+                                              lineage, data position, name and digest of the other, ...}}
 
-Promises: a checkpoint without its JSON does not exist; bytes are checked against their digest before they are parsed;
+Promises: a checkpoint without its JSON does not exist; bytes are checked against their digest before they are used;
 no pickle. Writing runs behind the step, one at a time; the newest two are kept, so damage to one costs steps, not the
-run. The newest is the highest (epoch, step): a zombie of a lower epoch can't displace its successor's.
+run. The newest is the highest (epoch, step): a zombie of a lower epoch can't displace its successor's, and before its
+successor has one, it may not commit its own: the successor resumed without it, and a third life would go on from it.
 """
 
 import hashlib
@@ -17,20 +19,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from publisher.epochs import demand_unfenced
 from shared import strict_json
 from shared.errors import Corrupt, Fenced, KeyMissing, StoreError
 from shared.layout import Layout
+from shared.object_store import MAX_EXCLUSIVE_BYTES
 from shared.store import Store
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEEP = 2
-MAX_STATE_BYTES = 256_000_000  # of state.json: the data position names every trajectory file still on the store
-_STATE = re.compile(r"(\d{8})-(\d{12})/state\.json$")
+MAX_STATE_BYTES = MAX_EXCLUSIVE_BYTES  # of state.json: no store need take more
+_FOLDER = re.compile(r"\d{8}-\d{12}")
+_TENSORS = re.compile(r"state-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -49,43 +55,45 @@ class Checkpoint:
 
 
 def write(store: Store, layout: Layout, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint, then remove all but the newest KEEP.
+    """Put a checkpoint, then remove all but the newest KEEP, with what lost or fenced writes left behind.
 
     Raises:
-        Fenced: this (epoch, step) is taken by another's state.
+        Fenced: a later life has begun, or this (epoch, step) is taken by another's state.
         StoreError: the store failed.
     """
     folder = layout.checkpoint(checkpoint.epoch, checkpoint.step)
     content = save(dict(checkpoint.tensors))
-    key = f"{folder}/state-{uuid.uuid4().hex[:12]}.safetensors"
-    store.put_stream(key, [content])
+    name = f"state-{uuid.uuid4().hex[:12]}.safetensors"
+    store.put_stream(f"{folder}/{name}", [content])
     body = {
         "format": FORMAT,
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
-        "tensors": {"key": key, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        "tensors": {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         "state": checkpoint.state,
     }
-    if not store.put_if_absent(f"{folder}/state.json", strict_json.dumps(body)):
+    demand_unfenced(store, layout, checkpoint.epoch, op="write checkpoint")
+    if not store.put_if_absent(f"{folder}/state.json", strict_json.dumps({"sha256": _digest(body), "body": body})):
         raise Fenced("another trainer wrote this checkpoint", op="write checkpoint", key=folder)
     log.info("checkpoint epoch=%d step=%d bytes=%d", checkpoint.epoch, checkpoint.step, len(content))
-    for old in _committed(store, layout)[:-KEEP]:
-        # The JSON first: what is left after a crash in between is no checkpoint.
-        store.delete(f"{old}/state.json")
-        for entry in store.list(old):
-            store.delete(entry.key)
+    _delete_old(store, layout)
 
 
-def newest(store: Store, layout: Layout) -> Checkpoint | None:
+def newest(store: Store, layout: Layout, known: Checkpoint | None = None) -> Checkpoint | None:
     """Read the newest checkpoint, or the one before it if that is damaged; None if there is none.
+
+    Args:
+        known: what an earlier call found; returned as it is while no newer one is there.
 
     Raises:
         Corrupt: there are checkpoints, and none can be read.
     """
     damage: Corrupt | None = None
-    for folder in reversed(_committed(store, layout)):
+    for folder in reversed(_committed(_folders(store, layout))):
+        if known and folder == layout.checkpoint(known.epoch, known.step):
+            return known
         try:
-            return _read(store, f"{folder}/state.json")
+            return _read(store, folder)
         except (Corrupt, KeyMissing) as error:
             log.warning("checkpoint passed over: %s", error)
             damage = Corrupt(
@@ -99,24 +107,53 @@ def newest(store: Store, layout: Layout) -> Checkpoint | None:
     return None
 
 
-def _read(store: Store, key: str) -> Checkpoint:
-    body = strict_json.load_object(store.get(key), key=key, max_bytes=MAX_STATE_BYTES)
+def _read(store: Store, folder: str) -> Checkpoint:
+    key = f"{folder}/state.json"
+    sealed = strict_json.load_object(store.get(key), key=key, max_bytes=MAX_STATE_BYTES)
     try:
+        body = sealed["body"]
+        if _digest(body) != sealed["sha256"]:
+            raise Corrupt("the body does not match its digest", op="read checkpoint", key=key)
         shard, epoch, step, state = body["tensors"], int(body["epoch"]), int(body["step"]), dict(body["state"])
         if body["format"] != FORMAT:
             raise ValueError(f"format {body['format']!r}")
-        content = store.get(str(shard["key"]))
+        if not _TENSORS.fullmatch(shard["name"]):
+            raise ValueError(f"tensors in {shard['name']!r}")
+        content = store.get(f"{folder}/{shard['name']}")
         if len(content) != shard["size"] or hashlib.sha256(content).hexdigest() != shard["sha256"]:
-            raise Corrupt("bytes do not match their digest", op="read checkpoint", key=str(shard["key"]))
+            raise Corrupt("bytes do not match their digest", op="read checkpoint", key=f"{folder}/{shard['name']}")
         return Checkpoint(epoch, step, state, load(content))
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, SafetensorError) as error:
         raise Corrupt(f"malformed checkpoint: {error!r}", op="read checkpoint", key=key) from error
 
 
-def _committed(store: Store, layout: Layout) -> list[str]:
-    """Folders of whole checkpoints, by (epoch, step), oldest first."""
-    keys = (entry.key for entry in store.list(layout.checkpoints))
-    return sorted(key.removesuffix("/state.json") for key in keys if _STATE.search(key))
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(strict_json.dumps(body)).hexdigest()
+
+
+def _folders(store: Store, layout: Layout) -> dict[str, list[str]]:
+    """The keys in every checkpoint's folder, whole or not, by (epoch, step), oldest first."""
+    found: dict[str, list[str]] = {}
+    for entry in store.list(layout.checkpoints):
+        folder, _, _ = entry.key.rpartition("/")
+        if _FOLDER.fullmatch(folder.rpartition("/")[2]):
+            found.setdefault(folder, []).append(entry.key)
+    return dict(sorted(found.items()))
+
+
+def _committed(folders: Mapping[str, list[str]]) -> list[str]:
+    """Those that hold a whole checkpoint."""
+    return [folder for folder, keys in folders.items() if f"{folder}/state.json" in keys]
+
+
+def _delete_old(store: Store, layout: Layout) -> None:
+    folders = _folders(store, layout)
+    oldest_kept = _committed(folders)[-KEEP:][0]
+    for folder, keys in folders.items():
+        if folder < oldest_kept:
+            # The JSON first: what is left after a crash in between is no checkpoint.
+            for key in sorted(keys, key=lambda key: not key.endswith("/state.json")):
+                store.delete(key)
 
 
 class CheckpointWriter:

@@ -14,7 +14,7 @@ def add_train(subparsers: Any) -> None:
         "train",
         help="train the adapter and publish every version of it",
         description="Train the adapter, publish a version every [train] publish_every steps, and resume from the "
-        "newest checkpoint where there is one. On several ranks: torchrun --no-python lorasync train ...",
+        "newest checkpoint where there is one. This release trains on one rank.",
     )
     add_config_arguments(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="instead of [train] steps")

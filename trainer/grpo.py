@@ -30,7 +30,8 @@ class Objective:
     """The constants of the loss.
 
     Args:
-        clip_low, clip_high: the ratio current/proximal counts within [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio current/proximal counts within [1 - clip_low, 1 + clip_high]. Where a batch is
+            one step, as in `trainer.policy`, the ratio is 1 and they have no effect.
         behaviour_cap: the weight proximal/behaviour of a token is cut off here (truncated importance sampling).
         kl_coefficient: weight of the KL term; 0 leaves it out.
     """

@@ -40,6 +40,9 @@ class HfCheckpoint:
                 self._file_of = dict.fromkeys(single.keys(), single)
         except FileNotFoundError as error:
             raise UsageError("no safetensors checkpoint", op=_OP, key=str(hf_dir), hint=str(error)) from error
+        except OSError as error:
+            problem = f"cannot read the checkpoint: {error.strerror or error}"
+            raise UsageError(problem, op=_OP, key=str(error.filename or hf_dir)) from error
         except (SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise Corrupt(f"unreadable checkpoint: {error}", op=_OP, key=str(hf_dir)) from error
 

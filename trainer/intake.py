@@ -5,7 +5,8 @@ A group is admissible when every token of it was made by a version that the poli
 the intake's position: it goes into the checkpoint, so a resumed trainer decides about the same groups again that the
 lost steps had taken, and never about those that the checkpoint has seen.
 
-Order is by key, that is by version, then node, then sequence: the oldest first, so that as few as possible grow stale.
+Order is by key, that is by version, then node, then sequence: the oldest of those seen first, so that as few as
+possible grow stale. The store is looked at only while too few groups wait.
 Does not: delete trajectories. When retention removes a file, its decision is forgotten with it.
 """
 
@@ -16,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError
+from publisher.outage import Outage
+from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError, UsageError
 from shared.layout import Layout, groups_of, version_of
-from shared.store import Store
+from shared.store import Store, check_key
 from shared.trajectories import Sample, decode
 from shared.versions import Version
 from trainer.lineage import Lineage
@@ -110,6 +112,12 @@ class Intake:
         self.position = position or Position()
         self._files: dict[str, int] = {}  # opened: key -> number of groups in it
         self._waiting: list[Group] = []
+        self._outage = Outage("intake", clock)
+
+    @property
+    def store_failures(self) -> int:
+        """Looks that the store failed and that were tried again."""
+        return self._outage.failures
 
     def take(
         self,
@@ -122,74 +130,72 @@ class Intake:
 
         Args:
             current: the version of the policy that will be trained on them.
-            timeout_s: how long to wait without any new group.
+            timeout_s: how long to wait without a new group that can be taken.
             heartbeat: called at every look; what it raises ends the wait.
 
         Raises:
-            LorasyncError: nothing new came for `timeout_s`; says what is known of the rollout fleet.
+            LorasyncError: nothing that can be taken came for `timeout_s`; says what is known of the rollout fleet.
             StoreError: the store refuses for good.
         """
-        arrived_at = self._clock()
-        while True:
+        self._drop_unfit(current)
+        here, arrived_at = len(self._waiting), self._clock()
+        while len(self._waiting) < count:
             try:
-                if self._look():
-                    arrived_at = self._clock()
+                self._look()
             except StoreError as error:
-                if not error.retryable:
-                    raise
-                log.warning("intake: store failed, trying again: %s", error)
+                self._outage.failed(error)
+            else:
+                self._outage.answered()
             self._drop_unfit(current)
             if len(self._waiting) >= count:
-                taken = self._waiting[:count]
-                for group in taken:
-                    self._decide(group)
-                self.position.taken += count
-                return taken
+                break
+            if len(self._waiting) > here:
+                here, arrived_at = len(self._waiting), self._clock()
             heartbeat()
             if self._clock() - arrived_at > timeout_s:
                 raise self._stalled(count, current, timeout_s)
             self._wait(self._poll_interval_s)
+        taken = self._waiting[:count]
+        for group in taken:
+            self._decide(group)
+        self.position.taken += count
+        return taken
 
-    def _look(self) -> bool:
-        """Open the files that came since the last look; whether they brought a group."""
+    def _look(self) -> None:
+        """Open the files that came since the last look."""
         listed = {entry.key for entry in self._store.list(self._layout.all_trajectories) if _is_ours(entry.key)}
         self._forget_deleted(listed)
         done = {key for key, indexes in self.position.decided.items() if indexes is None}
-        came = False
         for key in sorted(listed - self._files.keys() - done):
             try:
-                samples = decode(self._store.get(key), key=key)
+                samples = decode(self._store.get(check_key(key)), key=key)
             except KeyMissing:
                 continue
-            except Corrupt as error:
+            except (Corrupt, UsageError) as error:  # a store may list what our keys don't allow: "copy of x.parquet"
                 log.warning("intake: dropped a file: %s", error)
                 self._count("corrupt", groups_of(key) or 1)
                 self.position.decided[key] = None
                 continue
-            came |= self._open(key, samples)
+            self._open(key, samples)
         self._waiting.sort(key=lambda group: (group.key, group.index))
-        return came
 
-    def _open(self, key: str, samples: Sequence[Sample]) -> bool:
+    def _open(self, key: str, samples: Sequence[Sample]) -> None:
         """Queue a file's groups that are not decided yet, dropping those that break the rules."""
         by_name: dict[str, list[Sample]] = {}
         for sample in samples:
             by_name.setdefault(sample.group, []).append(sample)
         self._files[key] = len(by_name)
         decided = set(self.position.decided.get(key) or [])
-        came = False
         for index, group_samples in enumerate(by_name.values()):
             if index in decided:
                 continue
             oldest = min(version for sample in group_samples for version in sample.token_versions)
             group = Group(tuple(group_samples), key, index, oldest)
             self._waiting.append(group)
-            came = True
             if problem := self._rules.problem(group_samples):
                 log.warning("intake: dropped group=%s key=%s: %s", group_samples[0].group, key, problem)
                 self._decide(group)
                 self._count("malformed")
-        return came
 
     def _drop_unfit(self, current: Version) -> None:
         """Drop what the policy does not descend from, and what has grown too old."""

@@ -4,7 +4,8 @@
     a life begins by publishing the state it found: the base model's as number 0, or a checkpoint's, its child
 
 Promises: one optimizer step per batch; a version every `publish_every` steps; the step waits for the store only where
-the configuration says so (a full publishing queue that is to be waited for); a life that was succeeded stops (Fenced).
+the configuration says so (a full publishing queue that is to be waited for); the last version is published
+whatever that configuration says; a life that was succeeded stops (Fenced).
 With `frozen`, the negative control, nothing is published after number 0, so samplers never see what is learned;
 staleness is then counted against number 0, and no checkpoint is kept.
 """
@@ -13,61 +14,30 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-from publisher.epochs import Claim, claim_epoch, demand_unfenced
-from publisher.publisher import Publisher
-from shared.base_model import BaseIdentity, identify
-from shared.catalog import Catalog, check_layout
+from publisher.epochs import demand_unfenced
+from publisher.outage import Outage
+from publisher.publisher import Published, Publisher
+from shared.base_model import identify
+from shared.catalog import check_layout
 from shared.config import Config
-from shared.errors import Corrupt, KeyMissing, UsageError
+from shared.errors import Corrupt, StoreError
 from shared.layout import Layout
-from shared.manifest import Manifest
 from shared.store import Store
 from shared.stores import open_store, probe
 from shared.versions import Version
 from trainer.batch import make_batch
-from trainer.checkpoint import Checkpoint, CheckpointWriter, newest
-from trainer.intake import Group, Intake, Position, Rules, staleness
-from trainer.lineage import Lineage
+from trainer.checkpoint import Checkpoint, CheckpointWriter
+from trainer.intake import Intake, Rules
+from trainer.life import Beginning
 from trainer.policy import Policy, Step
 from trainer.progress import ProgressHint
 
 log = logging.getLogger(__name__)
 
 FENCE_CHECK_S = 5.0
-
-
-@dataclass
-class Totals:
-    """Sums over the whole training, kept across lives."""
-
-    staleness_sum: int = 0
-    staleness_max: int = 0
-    groups: int = 0
-    lives: int = 1
-
-    def add(self, groups: list[Group], current: Version) -> None:
-        """Count the groups of one step."""
-        ages = [staleness(group, current) for group in groups]
-        self.staleness_sum += sum(ages)
-        self.staleness_max = max(self.staleness_max, *ages)
-        self.groups += len(ages)
-
-
-@dataclass
-class Life:
-    """What a life starts from, and how far it is."""
-
-    claim: Claim
-    lineage: Lineage
-    started_at: float  # Unix seconds
-    step: int = 0
-    parent: Manifest | None = None
-    position: Position = field(default_factory=Position)
-    totals: Totals = field(default_factory=Totals)
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
 
 
 def train(
@@ -97,20 +67,28 @@ class Trainer:
         probe(store, self._layout.probes)
         check_layout(store, self._layout)
         self._policy = Policy(config)
-        self._base = identify(config.model.path)
-        self._life = self._begin()
-        self._checked_fence_at = time.monotonic()
+        base = identify(config.model.path)
+        self._beginning = Beginning(config, base, frozen=frozen)
+        self._life, checkpoint = self._beginning.begin(store, self._layout, clock)
+        if checkpoint is not None:
+            self._policy.restore(checkpoint.tensors)
+        self._checked_fence_at, self._fence = time.monotonic(), Outage("fence check")
+        self._published: Published | None = None
+        self._canary_s = 0.0
         self._told: tuple[int, int] | None = None
         self._publisher = Publisher(
             store,
             self._layout,
             self._life.claim,
             base_path=config.model.path,
+            base=base,
             lora=config.lora,
             parallel=asdict(self._policy.layout),
             parent=self._life.parent,
             queue_versions=config.train.queue_versions,
             on_full_queue=config.train.on_full_queue,
+            on_published=self._note,
+            clock=clock,
         )
         self._checkpoints = CheckpointWriter(store, self._layout)
         self._hint = ProgressHint(store, self._layout, self._life.claim.epoch)
@@ -135,13 +113,15 @@ class Trainer:
             self._tell()
             while self._life.step < self._train.steps:
                 self._step()
+            if self._publisher.last_number < self._number:  # skipped, and what was asked for is the last version
+                self._publish(must=True)
             self._publisher.close()
             if not self._frozen and self._life.step % self._train.checkpoint_every:
                 self._checkpoint()
             self._checkpoints.close()
             unchanged = self._policy.base_unchanged()
             outcome = self.progress() | {"done": True, "base_model_unchanged": unchanged}
-            self._hint.tell(outcome)
+            self._hint.conclude(outcome)
         if not unchanged:
             raise Corrupt("the base model's parameters changed during training", op="train")
         return outcome
@@ -164,6 +144,9 @@ class Trainer:
             "lives": totals.lives,
             "skipped_versions": self._publisher.skipped,
             "missed_checkpoints": self._checkpoints.missed,
+            "missed_hints": self._hint.missed,
+            "store_failures": self._publisher.store_failures + self._intake.store_failures + self._fence.failures,
+            **self._publishing(),
             **{name: life.last.get(name) for name in ("loss", "mean_reward", "grad_norm", "wait_s", "step_s")},
             "started_at": life.started_at,
             "updated_at": self._clock(),
@@ -173,74 +156,6 @@ class Trainer:
     @property
     def _number(self) -> int:
         return 0 if self._frozen else self._life.step // self._train.publish_every
-
-    def _begin(self) -> Life:
-        """Claim the next epoch, then find what to go on from: a claim first, so that nobody adds to it meanwhile."""
-        claim = claim_epoch(self._store, self._layout)
-        checkpoint = newest(self._store, self._layout)
-        if checkpoint is None:
-            return Life(claim, Lineage(claim.epoch), started_at=self._clock())
-        if self._frozen:
-            raise UsageError(
-                "a frozen run starts from the base model, and this adapter has a checkpoint",
-                op="train",
-                key=self._layout.checkpoints,
-                hint="Use another store.adapter for it",
-            )
-        return self._resume(claim, checkpoint)
-
-    def _resume(self, claim: Claim, checkpoint: Checkpoint) -> Life:
-        state, key = checkpoint.state, self._layout.checkpoint(checkpoint.epoch, checkpoint.step)
-        for what, ours in self._identity().items():
-            if (theirs := state.get(what)) != ours:
-                raise UsageError(
-                    f"the checkpoint was trained with {what} {theirs}, the configuration says {ours}",
-                    op="resume",
-                    key=key,
-                    hint="Resume with the same model and [lora], or use another store.adapter",
-                )
-        try:
-            before, position = Lineage.from_json(state["lineage"]), Position.from_json(state["position"])
-            totals = Totals(**state["totals"])
-            last = {str(name): float(value) for name, value in state["last"].items()}
-            base = BaseIdentity(**state["base"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise Corrupt(f"malformed checkpoint: {error!r}", op="resume", key=key) from error
-        self._base.demand(base, version=str(Version(checkpoint.epoch, checkpoint.step // self._train.publish_every)))
-        self._policy.restore(checkpoint.tensors)
-        totals.lives += 1
-        number = checkpoint.step // self._train.publish_every
-        parent = self._parent(before, number)
-        log.info("resumed epoch=%d step=%d parent=%s", claim.epoch, checkpoint.step, parent and parent.version)
-        return Life(
-            claim,
-            before.resumed(claim.epoch, number),
-            started_at=self._clock(),
-            step=checkpoint.step,
-            parent=parent,
-            position=position,
-            totals=totals,
-            last=last,
-        )
-
-    def _parent(self, before: Lineage, number: int) -> Manifest | None:
-        """The newest committed version that the resumed state descends from."""
-        catalog = Catalog(self._store, self._layout.adapter)
-        for version in reversed(catalog.versions()):
-            if before.includes(version) and version.number <= number:
-                try:
-                    return catalog.manifest(version)
-                except KeyMissing:  # expired since the listing
-                    continue
-        return None
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        lora = self._config.lora
-        return {
-            "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)},
-            "publish_every": self._train.publish_every,
-        }
 
     def _step(self) -> None:
         """Take a batch and learn from it; publish and checkpoint where it is due."""
@@ -265,21 +180,31 @@ class Trainer:
             self._checkpoint()
         self._tell()
 
-    def _publish(self) -> None:
-        life = self._life
-        training = {"step": life.step, "taken_groups": self._intake.position.taken, **life.last}
-        self._publisher.submit(self._number, self._policy.slices(), training=training, canary=self._policy.canary())
+    def _publish(self, *, must: bool = False) -> None:
+        life, started = self._life, time.monotonic()
+        canary = self._policy.canary()
+        self._canary_s = time.monotonic() - started
+        taken = self._intake.position.taken
+        training = {"step": life.step, "taken_groups": taken, **life.last, **self._publishing()}
+        self._publisher.submit(self._number, self._policy.slices(), training=training, canary=canary, must=must)
+
+    def _note(self, published: Published) -> None:
+        self._published = published
+
+    def _publishing(self) -> dict[str, float]:
+        """What publishing takes, in seconds: the last canary, and of the last committed version the rest."""
+        canary = {"canary_s": round(self._canary_s, 3)}
+        if (last := self._published) is None:
+            return canary
+        return canary | {
+            "publish_copy_s": round(last.copy_s, 3),
+            "publish_wait_s": round(last.wait_s, 3),
+            "publish_write_s": round(last.write_s, 3),  # behind the step
+        }
 
     def _checkpoint(self) -> None:
         life = self._life
-        state = {
-            **self._identity(),
-            "base": self._base.to_json(),
-            "lineage": life.lineage.to_json(),
-            "position": self._intake.position.to_json(),
-            "totals": asdict(life.totals),
-            "last": life.last,
-        }
+        state = self._beginning.state(life)
         self._checkpoints.submit(Checkpoint(life.claim.epoch, life.step, state, self._policy.capture()))
 
     def _tell(self) -> None:
@@ -291,10 +216,19 @@ class Trainer:
         """While waiting: notice a successor and a failed publication, and tell samplers what was dropped."""
         self._publisher.check()
         if time.monotonic() - self._checked_fence_at > FENCE_CHECK_S:
-            demand_unfenced(self._store, self._layout, self._life.claim)
-            self._checked_fence_at = time.monotonic()
+            self._check_fence()
         if self._told != (self._life.step, self._intake.position.consumed):
             self._tell()
+
+    def _check_fence(self) -> None:
+        """Stop if a later life began. A store that does not answer says nothing: the next look asks again."""
+        try:
+            demand_unfenced(self._store, self._layout, self._life.claim.epoch, op="train")
+        except StoreError as error:
+            self._fence.failed(error)
+        else:
+            self._fence.answered()
+            self._checked_fence_at = time.monotonic()
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
@@ -315,7 +249,6 @@ def _metrics(step: Step, mean_reward: float) -> dict[str, float]:
         "loss": float(step.loss.total.detach()),
         "mean_reward": mean_reward,
         "grad_norm": step.grad_norm,
-        "clipped_fraction": step.loss.clipped_fraction,
         "behaviour_weight": step.loss.behaviour_weight,
         "kl_to_behaviour": step.loss.kl_to_behaviour,
     }

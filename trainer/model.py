@@ -58,9 +58,14 @@ def start_process_group(layout: ParallelLayout, timeout_s: float = 600.0) -> Non
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    layout.check(dist.get_world_size())
-    if layout != ParallelLayout():
-        raise UsageError(f"{layout} is not carried yet: this release trains on one rank", op="check layout")
+    started = dist.get_world_size()
+    if started > 1:
+        raise UsageError(
+            f"this release trains on one rank, and {started} were started",
+            op="check layout",
+            hint="Start lorasync train by itself, not under torchrun",
+        )
+    layout.check(started)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
