@@ -91,9 +91,7 @@ def test_a_life_publishes_a_version_per_step_and_leaves_the_base_as_it_was(confi
     assert (outcome["store_failures"], outcome["missed_hints"], outcome["missed_checkpoints"]) == (0, 0, 0)
     costs = {"canary_s", "publish_copy_s", "publish_wait_s", "publish_write_s"}
     assert costs <= outcome.keys() and costs <= catalog.manifest(Version(1, 4)).training.keys()
-    assert (
-        "clipped_fraction" not in catalog.manifest(Version(1, 4)).training
-    )  # always 0
+    assert "clipped_fraction" not in catalog.manifest(Version(1, 4)).training  # always 0
     for number, manifest in enumerate(map(catalog.manifest, catalog.versions())):
         assert (manifest.training["step"], manifest.training["taken_groups"]) == (number, 3 * number)
         parent = manifest.parent
