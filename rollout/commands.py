@@ -1,8 +1,13 @@
 """`lorasync rollout` (a node) and `lorasync replay` (serve versions again, offline). Light to import."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.catalog import Catalog
+    from shared.config import Config
 
 
 def add_rollout(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,9 +36,13 @@ def add_replay(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "replay",
         help="serve versions again without a trainer and compare with what was recorded",
         description="Serves each version again on the same held-out prompts and seeds. Exits 1 if a recorded version "
-        "does not come out the same: greedy completions token for token, reward at temperature 1 within its error.",
+        "does not come out the same (greedy completions token for token, reward at temperature 1 within its error), or "
+        "if there was nothing to compare with. The store alone will do: it says what the run was made of.",
     )
-    add_config_arguments(parser, required=True)
+    add_config_arguments(parser)
+    parser.add_argument("--model", metavar="DIR", help="where the base model is on this machine (model.path)")
+    parser.add_argument("--heldout-prompts", metavar="URL", help="the held-out prompts (task.heldout_prompts)")
+    parser.add_argument("--reward", metavar="MODULE:FUNCTION", help="the reward function (task.reward)")
     parser.add_argument("--versions", default="all", metavar="RANGE", help="all, latest, 7, 0..12 (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write replay.parquet and replay.png there")
     parser.add_argument("--engine", metavar="URL", help="use a running vLLM server (rollout.engine_url)")
@@ -59,7 +68,45 @@ def _rollout(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from rollout.replay_report import replay_and_report
-    from shared.arguments import read_config
 
-    matches = replay_and_report(read_config(options, _flags(options)), options.versions, options.out)
-    return 0 if matches else 1
+    return 0 if replay_and_report(_replay_config(options), options.versions, options.out) else 1
+
+
+def _replay_config(options: argparse.Namespace) -> "Config":
+    """What the flags and the file say, and beneath them what the run's own nodes left on the store.
+
+    Raises:
+        UsageError: no such adapter; or neither the store nor the caller says what the run was made of.
+    """
+    from shared.arguments import read_config, read_store_config
+    from shared.catalog import Catalog, check_layout
+    from shared.errors import UsageError
+    from shared.run_record import recorded_run
+    from shared.stores import open_store
+
+    store = read_store_config(options)
+    catalog = Catalog(open_store(store.url, store.options), store.adapter)
+    check_layout(catalog.store, catalog.layout)
+    if not catalog.versions():
+        problem = f"no version of adapter {store.adapter}"
+        raise UsageError(problem, op="replay", key=store.url, hint=_adapters(catalog))
+    recorded = recorded_run(catalog)
+    if not recorded and not options.config:
+        problem = "the store does not say what the run was made of"
+        raise UsageError(problem, op="replay", key=catalog.layout.run, hint="Give --config FILE")
+    flags = {
+        "model.path": options.model,
+        "task.heldout_prompts": options.heldout_prompts,
+        "task.reward": options.reward,
+    }
+    config = read_config(options, {**_flags(options), **flags}, beneath=recorded)
+    made_of = f"model {config.model.path}, prompts {config.task.heldout_prompts}, reward {config.task.reward}"
+    print(f"replaying {store.adapter} with {made_of}", file=sys.stderr)
+    return config
+
+
+def _adapters(catalog: "Catalog") -> str:
+    """The adapters that a store holds, for who named none of them. One listing of it all."""
+    keys = (entry.key.split("/") for entry in catalog.store.list(""))
+    found = sorted({parts[0] for parts in keys if parts[1:2] == ["manifests"]})
+    return f"--adapter is one of: {', '.join(found)}" if found else "That store holds no versions at all"

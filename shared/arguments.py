@@ -49,14 +49,21 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Fa
     )
 
 
-def read_config(options: argparse.Namespace, flags: Mapping[str, Any] | None = None) -> Config:
+def read_config(
+    options: argparse.Namespace,
+    flags: Mapping[str, Any] | None = None,
+    beneath: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """The whole configuration: the file, --set, the store's flags, then `flags` (dotted; None means not given).
+
+    Args:
+        beneath: sections that count where none of these says otherwise.
 
     Raises:
         UsageError: see `shared.config.load_config`.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    return config.parse(Config, config.override(_read(options), given))
+    return config.parse(Config, config.override(_above(beneath or {}, _read(options)), given))
 
 
 def read_store_config(options: argparse.Namespace) -> StoreConfig:
@@ -96,6 +103,12 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
     mapping = config.override(mapping, {key: value for key, value in flags.items() if value is not None})
     extra = {f"store.options.{key}": value for key, value in store_options(options).items()}
     return config.override(mapping, extra)
+
+
+def _above(beneath: Mapping[str, Mapping[str, Any]], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping's sections, filled up from those beneath."""
+    both = [name for name in beneath if isinstance(mapping.get(name), Mapping)]
+    return {**beneath, **mapping, **{name: {**beneath[name], **mapping[name]} for name in both}}
 
 
 def typed(dotted: str, text: str) -> Any:

@@ -1,6 +1,7 @@
 """Where each object of an adapter lies below the store's URL. The one place that spells keys.
 
 {adapter}/layout.json                                                    written once
+{adapter}/run.json                                                       written once: what a replay needs to know
 {adapter}/epochs/{epoch:08d}.json                                        claim of a trainer's life
 {adapter}/data/{epoch:08d}-{number:012d}/{attempt}/...                   shards and rank records
 {adapter}/manifests/{epoch:08d}-{number:012d}.json                       THE commit
@@ -38,6 +39,10 @@ class Layout:
     @property
     def layout(self) -> str:
         return f"{self.adapter}/layout.json"
+
+    @property
+    def run(self) -> str:
+        return f"{self.adapter}/run.json"
 
     @property
     def epochs(self) -> str:

@@ -100,7 +100,7 @@ class LocalStore:
     def list(self, prefix: str) -> list[Entry]:
         def walk() -> list[Entry]:
             found = []
-            for folder, folders, files in os.walk(self._path(prefix), onerror=_unless_gone):
+            for folder, folders, files in os.walk(self._path(prefix) if prefix else self.root, onerror=_unless_gone):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in files:
                     path = Path(folder) / name

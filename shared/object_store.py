@@ -134,7 +134,7 @@ class ObjectStore:
             start = end
 
     def list(self, prefix: str) -> list[Entry]:
-        path = self._path(prefix)
+        path = self._path(prefix) if prefix else self._root
 
         def find() -> list[Entry]:
             try:

@@ -81,7 +81,7 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> list[Entry]:
-        """Every object below `prefix/`, in key order, read afresh."""
+        """Every object below `prefix/` (empty: of the whole store), in key order, read afresh."""
         ...
 
     def delete(self, key: str) -> None:

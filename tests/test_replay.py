@@ -10,6 +10,7 @@ import pytest
 from fake_engine import BASE_NAME, FakeEngine
 from synthetic import ADAPTER, BASE, publish, write_base
 
+from rollout.commands import _replay_config
 from rollout.delivery import Delivery, Target
 from rollout.engine import Completion
 from rollout.evaluate import evaluate
@@ -17,11 +18,13 @@ from rollout.heldout import Heldout
 from rollout.replay import Replayed, replay
 from rollout.replay_report import agrees
 from rollout.router import Router
-from rollout.tasks.prompts import Prompt
+from rollout.tasks.prompts import Prompt, write_prompts
 from shared.base_model import identify
 from shared.catalog import Catalog
 from shared.config import Config, ModelConfig, RolloutConfig, StoreConfig, TaskConfig
+from shared.console import main, parser
 from shared.errors import EngineError, UsageError
+from shared.run_record import record_run, recorded_run
 from shared.stores import open_store
 from shared.versions import Version, parse_served_name
 
@@ -162,3 +165,62 @@ def test_the_names_that_replay_serves_are_no_agents_own(bench: Bench) -> None:
     ]
     parsed = parse_served_name("replay-x.policy@0001-000000")
     assert parsed is not None and parsed[0] != ADAPTER
+
+
+@pytest.fixture
+def recorded(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A store that a node with a configuration file has left, and nothing but it."""
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "heldout.jsonl", PROMPTS)
+    task = TaskConfig("train.jsonl", "heldout.jsonl", "rollout.tasks.chain_sum:reward", max_new_tokens=4)
+    options = {"key": "me", "secret": "hush"}
+    config = replace(bench.config, task=task, store=replace(bench.config.store, options=options))
+    record_run(bench.catalog, config)
+    return bench
+
+
+def replayed_config(bench: Bench, *words: str) -> Config:
+    options = parser().parse_args(["replay", "--store", bench.store.url, "--versions", "0..3", *words])
+    return _replay_config(options)
+
+
+def test_the_stores_url_is_all_that_replay_needs(recorded: Bench, tmp_path: Path) -> None:
+    config = replayed_config(recorded)
+    assert config.model.path == str(recorded.base)
+    assert config.task.heldout_prompts == str(tmp_path / "heldout.jsonl")
+    assert (config.task.max_new_tokens, config.rollout.heldout_limit) == (4, 512)
+
+
+def test_flags_win_over_what_the_store_says(recorded: Bench) -> None:
+    config = replayed_config(recorded, "--model", "/m", "--set", "rollout.seed=5", "--reward", "mine:exact")
+    assert (config.model.path, config.rollout.seed, config.task.reward) == ("/m", 5, "mine:exact")
+
+
+def test_the_record_of_a_run_holds_no_credentials(recorded: Bench) -> None:
+    content = recorded.store.get(recorded.catalog.layout.run)
+    assert b"hush" not in content and recorded.store.url.encode() not in content
+
+
+def test_a_password_in_a_prompt_url_is_not_recorded(bench: Bench) -> None:
+    task = TaskConfig("", "https://me:hush@host/p.jsonl", "m:f", max_new_tokens=4)
+    record_run(bench.catalog, replace(bench.config, task=task))
+    assert recorded_run(bench.catalog)["task"]["heldout_prompts"] == "https://host/p.jsonl"
+
+
+def test_an_adapter_that_is_not_there_is_answered_with_those_that_are(recorded: Bench) -> None:
+    with pytest.raises(UsageError) as refused:
+        replayed_config(recorded, "--adapter", "other")
+    assert refused.value.hint == "--adapter is one of: policy"
+
+
+def test_a_store_that_says_nothing_of_its_run_asks_for_a_file(bench: Bench) -> None:
+    with pytest.raises(UsageError, match="does not say what the run was made of"):
+        replayed_config(bench)
+
+
+def test_a_held_out_limit_of_0_is_refused_before_an_engine_starts(
+    recorded: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["replay", "--store", recorded.store.url, "--set", "rollout.heldout_limit=0"]
+    assert main(words) == 2
+    assert "rollout.heldout_limit is 0" in capsys.readouterr().err

@@ -128,6 +128,7 @@ def test_a_listing_holds_what_is_below_the_prefix_and_nothing_beside_it(store: S
         store.put(key, b"x")
     assert [entry.key for entry in store.list("m")] == ["m/a"]
     assert store.list("m/a") == []  # an object is not below itself
+    assert [entry.key for entry in store.list("")] == ["m-1/c", "m/a", "mm/b"]
 
 
 def test_a_stream_is_read_back_in_parts(store: Store):
@@ -169,7 +170,7 @@ def test_a_key_that_could_leave_the_store_is_refused_by_every_operation(store: S
         lambda: store.put_if_absent(key, b""),
         lambda: store.put_stream(key, [b""]),
         lambda: list(store.read_parts(key, 1)),
-        lambda: store.list(key),
+        lambda: store.list(key or "."),  # an empty prefix is the whole store
         lambda: store.delete(key),
     ):
         with pytest.raises(UsageError):
