@@ -17,7 +17,8 @@ from shared.errors import LorasyncError, NotConverged, StoreError
 from shared.layout import Layout
 from shared.stores import open_store, probe
 
-POLL_S = 0.5
+POLL_S = 0.5  # of a child's log
+LOOK_S = 1.0  # at the store: six requests a look, and an S3 server on loopback has the same two cores
 RUN_TIMEOUT_S = 1800.0
 # Expected seconds, measured on two cores; the live view corrects them by the run's own rate.
 LEARN, CONTROL, REPLAY, VERIFY = "train and serve", "control: publishing frozen", "replay every version", "verify"
@@ -102,7 +103,7 @@ def _run(config: Config, file: Path, logs: Path, view: View, *, frozen: bool = F
                 if not error.retryable:
                     raise
             view.update(state)
-            time.sleep(POLL_S)
+            time.sleep(LOOK_S)
     return state
 
 
