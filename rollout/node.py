@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from rollout.agent import Agent
 from rollout.delivery import Delivery, engine_target
@@ -21,13 +20,14 @@ from rollout.engine import Engine
 from rollout.heldout import Heldout
 from rollout.router import Router
 from rollout.sampler import Sampler
+from rollout.supervise import Server, Supervisor
 from rollout.tasks.prompts import configured_prompts
 from rollout.tasks.reward import load_reward
 from rollout.watch import Watcher
 from shared import strict_json
 from shared.catalog import Catalog, check_layout
 from shared.config import Config
-from shared.errors import EngineError, LorasyncError, StoreError
+from shared.errors import LorasyncError, StoreError
 from shared.run_record import record_run
 from shared.stores import open_store, probe
 
@@ -36,17 +36,6 @@ log = logging.getLogger(__name__)
 HINT_INTERVAL_S = 2.0
 SUPERVISE_INTERVAL_S = 0.5
 RESTART_WAIT_S = 2.0
-MAX_RESTARTS = 5  # in a row, without the engine ever becoming healthy
-
-
-class Server(Protocol):
-    """The process behind the engine, if it is ours to keep alive."""
-
-    def start(self) -> None: ...
-
-    def running(self) -> bool: ...
-
-    def stop(self) -> None: ...
 
 
 class Node:
@@ -62,7 +51,8 @@ class Node:
         sample: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._config, self._engine, self._server, self._clock = config, engine, server, clock
+        self._config, self._clock = config, clock
+        self._supervisor = Supervisor(server) if server is not None else None
         store = open_store(config.store.url, config.store.options)
         self._catalog = Catalog(store, config.store.adapter)
         probe(store, self._catalog.layout.probes)
@@ -145,33 +135,24 @@ class Node:
             self._watcher.wait()
 
     def _supervise(self) -> None:
-        """Keep the engine's process alive and the hint fresh."""
+        """Keep the engine alive, if it is ours, and the hint fresh."""
         told_at, told = 0.0, ""
-        restarts = 0
         while not self._stopping.wait(SUPERVISE_INTERVAL_S):
-            if self._server is not None and not self._server.running():
-                restarts += 1
-                if restarts > MAX_RESTARTS:
-                    raise EngineError(f"the engine died {restarts} times in a row", op="supervise engine")
-                self._restart(self._server)
-                continue
             routed = self._router.routed
+            if self._supervisor is not None and (failure := self._supervisor.failure(serving=routed is not None)):
+                self._restart(self._supervisor, failure)
+                continue
             serving = str(routed.version) if routed else ""
-            if routed is not None:
-                restarts = 0
             if serving != told or time.monotonic() - told_at > HINT_INTERVAL_S:
                 self._tell("serving" if routed else "starting")
                 told_at, told = time.monotonic(), serving
 
-    def _restart(self, server: Server) -> None:
-        log.warning("engine died, starting it again")
+    def _restart(self, supervisor: Supervisor, failure: str) -> None:
+        log.warning("engine %s, starting it again", failure)
         self._agent.engine_lost()
         self._tell("starting")
         if not self._stopping.wait(RESTART_WAIT_S):
-            try:
-                server.start()
-            except EngineError as error:
-                log.warning("engine did not start: %s", error)
+            supervisor.restart(self._stopping.is_set)
             self._watcher.wake()
 
     def _tell(self, state: str) -> None:

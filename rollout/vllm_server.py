@@ -20,6 +20,7 @@ from shared.lifeline import ProcessGroup
 
 STOP_GRACE_S = 15.0
 POLL_S = 0.25
+HEALTH_TIMEOUT_S = 5.0
 LOG_TAIL_BYTES = 64 * 1024
 MAX_CAUSE_CHARS = 240
 
@@ -65,15 +66,16 @@ class VllmServer:
         check_settings(self._model, self._lora, self._rollout)
         check_port(self._rollout.host, self._rollout.port)
 
-    def start(self, progress: Progress | None = None) -> None:
+    def start(self, progress: Progress | None = None, *, stopping: Callable[[], bool] = lambda: False) -> None:
         """Start it, again if it died, and wait until it is healthy.
 
         Args:
             progress: called about once a second with the seconds passed and the log's last line.
+            stopping: asked several times a second; once true, the start is given up.
 
         Raises:
             UsageError: the configuration cannot work, or the port is taken.
-            EngineError: it died, or was not healthy within start_timeout_s.
+            EngineError: it died, was not healthy within start_timeout_s, or was given up.
         """
         self.stop()
         self.check()
@@ -82,7 +84,7 @@ class VllmServer:
         argv = [sys.executable, "-m", "rollout.vllm_launch", *arguments(self._model, self._rollout)]
         self._group = ProcessGroup(argv, {**os.environ, **environment(self._rollout)}, self.log_path)
         try:
-            self._wait_until_healthy(progress)
+            self._wait_until_healthy(progress, stopping)
         except BaseException:
             self.stop()
             raise
@@ -90,6 +92,14 @@ class VllmServer:
     def running(self) -> bool:
         """Whether its process runs; not whether it answers."""
         return self._group is not None and self._group.exit_code() is None
+
+    def answers(self) -> bool:
+        """Whether it says within HEALTH_TIMEOUT_S that it is healthy."""
+        try:
+            VllmEngine(self.url, timeout_s=HEALTH_TIMEOUT_S).health()
+        except EngineError:
+            return False
+        return True
 
     def death(self) -> EngineError:
         """Why it is not running, from its log."""
@@ -114,9 +124,11 @@ class VllmServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_until_healthy(self, progress: Progress | None) -> None:
-        engine, began, told = VllmEngine(self.url, timeout_s=5.0), time.monotonic(), 0.0
+    def _wait_until_healthy(self, progress: Progress | None, stopping: Callable[[], bool]) -> None:
+        engine, began, told = VllmEngine(self.url, timeout_s=HEALTH_TIMEOUT_S), time.monotonic(), 0.0
         while self.running():
+            if stopping():
+                raise EngineError("told to stop while it was starting", op="start engine", key=self.url)
             passed = time.monotonic() - began
             try:
                 return engine.health()

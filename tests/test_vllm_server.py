@@ -235,12 +235,30 @@ def test_a_killed_node_leaves_no_engine(tiny_hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+def test_a_start_is_given_up_when_the_node_is_to_stop(tiny_hf: Path, tmp_path: Path) -> None:
+    server = VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), RolloutConfig(port=free_port()), tmp_path / "vllm.log")
+    group: list[int | None] = []
+
+    def stopping() -> bool:
+        group.append(server.pid)
+        return len(group) > 2
+
+    with pytest.raises(EngineError, match="told to stop"):
+        server.start(stopping=stopping)
+    assert group[0] is not None and group_members(group[0]) == []
+    assert not server.running()
+
+
+@pytest.mark.engine
 def test_a_killed_server_leaves_no_engine_and_is_noticed(tiny_hf: Path, tmp_path: Path) -> None:
     rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_model_len=128)
     with VllmServer(ModelConfig(str(tiny_hf)), LoraConfig(), rollout, tmp_path / "vllm.log") as server:
         server.start()
         assert server.pid is not None
         group = server.pid
+        assert server.answers()
+        os.kill(group, signal.SIGSTOP)
+        assert server.running() and not server.answers()  # hung: what only its health tells
         os.kill(group, signal.SIGKILL)
         wait_until(lambda: group_members(group) == [], 20)
         assert not server.running()
