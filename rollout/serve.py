@@ -13,6 +13,7 @@ from rollout.vllm_server import VllmServer
 from rollout.vllm_settings import BASE_NAME
 from shared.config import Config
 from shared.errors import EngineError
+from shared.stores import demand_shared
 
 START_TOLD_EVERY_S = 5.0
 
@@ -33,6 +34,7 @@ def serve(config: Config, *, sample: bool) -> None:
         UsageError: what can be seen before the engine starts: the store's URL, the prompts, the rank, the port.
         LorasyncError: the store, the engine, or a part of the node failed for good.
     """
+    demand_shared(config.store.url)
     with engine_for(config) as serving:
         if serving.server is not None:
             serving.server.check()  # before thousands of prompts are read
@@ -50,12 +52,13 @@ def engine_for(config: Config) -> Iterator[Serving]:
     """The engine for as long as the block runs. A server of our own is made, not started, and stopped at the end.
 
     Raises:
-        UsageError: `rollout.engine_url` is not a URL.
+        UsageError: `rollout.engine_url` is not a URL, or its server was not started for a rollout node.
         EngineError: the engine there does not answer.
     """
     url = config.rollout.engine_url
     if url:
         engine = VllmEngine(url, timeout_s=config.rollout.request_timeout_s)
+        engine.check(config.rollout.max_model_len)
         yield Serving(engine, _base_name(engine, url), None)
         return
     with VllmServer(config.model, config.lora, config.rollout, cache_dir(config) / "vllm.log") as server:

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from shared.errors import StoreError, StoreUnfit
+from shared.errors import StoreError, StoreUnfit, UsageError
 from shared.local_store import LocalStore
 from shared.store import Store
 
@@ -27,6 +27,17 @@ def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
     from shared.object_store import ObjectStore
 
     return ObjectStore(url, options or {})
+
+
+def demand_shared(url: str) -> None:
+    """Check that other processes see what is written at a URL.
+
+    Raises:
+        UsageError: a memory:// URL, which is one process's own.
+    """
+    if url.startswith("memory://"):
+        problem = "memory:// is one process's own: trainer and nodes would not see each other"
+        raise UsageError(problem, op="open store", key=url, hint="Use file:///path, s3://, gs:// or az://")
 
 
 def probe(store: Store, prefix: str) -> None:

@@ -94,3 +94,12 @@ def test_a_tampered_manifest_exits_with_4(tmp_path: Path):
     for command in (["versions"], ["verify"], ["export", "latest", "--out", str(tmp_path / "out")]):
         assert lorasync(*command, "--store", str(tmp_path))[0] == 4
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "rollout", "demo"])
+def test_a_store_inside_one_process_is_refused_by_who_shares_it(command: str, tmp_path: Path):
+    task = 'train_prompts = "t"\nheldout_prompts = "h"\nreward = "m:f"\nmax_new_tokens = 4'
+    (tmp_path / "run.toml").write_text(f'[store]\nurl = "memory://x"\n[model]\npath = "m"\n[task]\n{task}\n')
+    told = ["--store", "memory://x"] if command == "demo" else ["--config", str(tmp_path / "run.toml")]
+    code, message = lorasync(command, *told)
+    assert code == 2 and "memory:// is one process's own" in message

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from shared.arguments import add_config_arguments, read_config
+from shared.stores import demand_shared
 
 
 def add_train(subparsers: Any) -> None:
@@ -26,6 +27,7 @@ def add_train(subparsers: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Train; the exit code."""
     config = read_config(options, {"train.steps": options.steps})
+    demand_shared(config.store.url)
     # Megatron warns of every accelerated package that a CPU host rightly lacks.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     from trainer.loop import train

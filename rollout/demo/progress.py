@@ -13,7 +13,7 @@ from shared.versions import Version
 
 
 @dataclass(frozen=True)
-class Reward:
+class HeldoutReward:
     """One recorded evaluation. `final` marks the one after the end of training."""
 
     version: Version
@@ -24,7 +24,7 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class ReceiptTimes:
     """A receipt's times, Unix seconds."""
 
     submitted_at: float
@@ -38,8 +38,8 @@ class RunState:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     published: list[Version] = field(default_factory=list)
     nodes: list[dict[str, Any]] = field(default_factory=list)
-    rewards: list[Reward] = field(default_factory=list)
-    deliveries: dict[Version, Delivery] = field(default_factory=dict)
+    rewards: list[HeldoutReward] = field(default_factory=list)
+    served: dict[Version, ReceiptTimes] = field(default_factory=dict)
 
     @property
     def publish_to_served_s(self) -> list[float]:
@@ -47,22 +47,32 @@ class RunState:
 
         Those published before any engine was up wait for it to start, which says nothing of delivery.
         """
-        up = min((d.served_at for d in self.deliveries.values()), default=0.0)
-        return [d.served_at - d.submitted_at for d in self.deliveries.values() if d.submitted_at >= up]
+        up = min((d.served_at for d in self.served.values()), default=0.0)
+        return [d.served_at - d.submitted_at for d in self.served.values() if d.submitted_at >= up]
+
+    @property
+    def base(self) -> HeldoutReward | None:
+        """Of version 0, which is the base model; None if it was not evaluated."""
+        return next((r for r in self.rewards if r.version.number == 0 and not r.final), None)
+
+    @property
+    def final(self) -> HeldoutReward | None:
+        """Of the version served when training had ended, measured after it."""
+        return next((r for r in reversed(self.rewards) if r.final), None)
 
     @property
     def done(self) -> bool:
         """Training has ended and the last version was evaluated after it."""
-        return bool(self.trainer.get("done")) and any(reward.final for reward in self.rewards)
+        return bool(self.trainer.get("done")) and self.final is not None
 
 
-class Progress:
+class RunReader:
     """Reads a run's state, fetching each evaluation and receipt once."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._rewards: dict[str, Reward] = {}
-        self._deliveries: dict[str, tuple[Version, Delivery]] = {}
+        self._rewards: dict[str, HeldoutReward] = {}
+        self._receipts: dict[str, tuple[Version, ReceiptTimes]] = {}
 
     def read(self) -> RunState:
         """The state now.
@@ -75,7 +85,7 @@ class Progress:
             version = version_of(entry.key)
             if version and entry.key not in self._rewards:
                 evaluation = Evaluation.from_parquet(store.get(entry.key), key=entry.key)
-                self._rewards[entry.key] = Reward(
+                self._rewards[entry.key] = HeldoutReward(
                     version,
                     evaluation.greedy_reward,
                     evaluation.sampled_reward,
@@ -84,16 +94,16 @@ class Progress:
                 )
         for entry in store.list(layout.receipts):
             version = version_of(entry.key)
-            if version and entry.key not in self._deliveries:
+            if version and entry.key not in self._receipts:
                 receipt = strict_json.load_object(store.get(entry.key), key=entry.key, max_bytes=MAX_HINT_BYTES)
-                times = Delivery(float(receipt["submitted_at"]), float(receipt["served_at"]))
-                self._deliveries[entry.key] = version, times
+                times = ReceiptTimes(float(receipt["submitted_at"]), float(receipt["served_at"]))
+                self._receipts[entry.key] = version, times
         return RunState(
             trainer=self._catalog.progress() or {},
             published=self._catalog.versions(),
             nodes=self._catalog.nodes(),
             rewards=sorted(self._rewards.values(), key=lambda reward: (reward.version, reward.final)),
-            deliveries=dict(self._deliveries.values()),
+            served=dict(self._receipts.values()),
         )
 
 

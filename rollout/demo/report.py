@@ -1,28 +1,48 @@
 """What the demo leaves behind: summary.json, a plot, a table, and whether its claims hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout.demo.progress import Reward, RunState, percentiles
+import pyarrow.parquet as pq
+
+from rollout.demo.progress import HeldoutReward, RunState, percentiles
 from rollout.demo.settings import BASE_REWARD_AT_MOST, FINAL_REWARD_AT_LEAST, FROZEN_GAIN_AT_MOST
 from rollout.plot import Curve, plot_rewards
+from rollout.replay import REPLAY_SCHEMA
+from shared.errors import LorasyncError
 from shared.versions import Version
 
 Summary = Mapping[str, Any]
 
 
 def summarise(
-    main: RunState, frozen: RunState, *, verified: bool, replay_matches: bool, wall_s: float, store_url: str, seed: int
+    main: RunState,
+    frozen: RunState,
+    *,
+    verified: bool,
+    replay_matches: bool,
+    wall_s: float,
+    store_url: str,
+    adapter: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """summary.json. Rewards are means over held-out prompts at temperature 1, sampled from the engine."""
+    """summary.json. Rewards are means over held-out prompts at temperature 1, sampled from the engine.
+
+    Raises:
+        LorasyncError: version 0, or the last version after training, was not evaluated.
+    """
+    base, final, frozen_final = main.base, main.final, frozen.final
+    if base is None or final is None or frozen_final is None:
+        problem = "version 0 or the last version was not evaluated, so there is nothing to compare"
+        raise LorasyncError(problem, op="summarise", hint="The rollout node's log says why")
     return {
-        "base_reward": main.rewards[0].sampled,
-        "final_reward": main.rewards[-1].sampled,
-        "final_reward_greedy": main.rewards[-1].greedy,
-        "frozen_final_reward": frozen.rewards[-1].sampled,
+        "base_reward": base.sampled,
+        "final_reward": final.sampled,
+        "final_reward_greedy": final.greedy,
+        "frozen_final_reward": frozen_final.sampled,
         "versions_published": len(main.published),
-        "versions_served": len(main.deliveries),
+        "versions_served": len(main.served),
         "every_version_verified": verified,
         "steps": int(main.trainer["step"]),
         "publish_to_served_s": percentiles(main.publish_to_served_s),
@@ -37,6 +57,7 @@ def summarise(
         "seed": seed,
         "wall_s": wall_s,
         "store_url": store_url,
+        "adapter": adapter,
     }
 
 
@@ -55,6 +76,13 @@ def shortfalls(summary: Summary) -> list[str]:
         "replay does not match what was recorded": summary["replay_matches"],
     }
     return [problem for problem, holds in checks.items() if not holds]
+
+
+def unmatched(served: Iterable[Version], replayed: Path) -> list[Version]:
+    """Served versions that were not recorded, or did not replay to their record (`replay.parquet`)."""
+    rows = pq.read_table(replayed, schema=REPLAY_SCHEMA).to_pylist() if replayed.exists() else []
+    matching = {row["version"] for row in rows if row["matches"]}
+    return sorted(version for version in served if str(version) not in matching)
 
 
 def plot(path: Path, main: RunState, frozen: RunState, publish_every: int) -> None:
@@ -79,6 +107,6 @@ def _flat(label: str, frozen: RunState) -> Curve:
     return Curve(label, steps, [r.sampled for r in rewards], [r.error for r in rewards])
 
 
-def _during(rewards: Sequence[Reward]) -> list[Reward]:
-    newest: dict[Version, Reward] = {reward.version: reward for reward in rewards if not reward.final}
+def _during(rewards: Sequence[HeldoutReward]) -> list[HeldoutReward]:
+    newest: dict[Version, HeldoutReward] = {reward.version: reward for reward in rewards if not reward.final}
     return list(newest.values())

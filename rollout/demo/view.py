@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rollout.demo.progress import Reward, RunState
+from rollout.demo.progress import HeldoutReward, RunState
 
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_REWARDS = 12
@@ -114,7 +114,7 @@ class View:
         return f"reward of {last.version}{final}: {last.sampled:.3f} (greedy {last.greedy:.3f}), latest is {newest}"
 
 
-def rewards_table(rewards: Sequence[Reward]) -> Table:
+def rewards_table(rewards: Sequence[HeldoutReward]) -> Table:
     """Held-out reward by version."""
     table = Table("version", "greedy", "temperature 1", "", box=None, header_style="bold", padding=(0, 2))
     for reward in rewards:
