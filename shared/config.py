@@ -98,7 +98,7 @@ class TrainConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"at least": 0, "below": 1})
     warmup_steps: int = _at_least(0, 3)
     max_grad_norm: float = _above(0, 1.0)
-    clip_low: float = _at_least(0, 0.2)
+    clip_low: float = _at_least(0, 0.2)  # both without effect while a batch is one step: the ratio they bound is 1
     clip_high: float = _at_least(0, 0.28)
     behaviour_cap: float = _above(0, 2.0)
     kl_coefficient: float = _at_least(0, 0.0)

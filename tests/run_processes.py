@@ -230,6 +230,11 @@ class Run:
         return Position.from_json(checkpoint.state["position"])
 
 
+def _below(key: str, floor: int) -> bool:
+    version = version_of(key)
+    return version is not None and version.number < floor
+
+
 def demand_each_group_decided_once(run: Run, steps: int) -> None:
     """Hold a finished run's data position to its files: groups whole, none decided about twice, no step short."""
     sizes: dict[str, Counter[str]] = {}
@@ -239,11 +244,12 @@ def demand_each_group_decided_once(run: Run, steps: int) -> None:
     names = [name for groups in sizes.values() for name in groups]
     assert len(names) == len(set(names)), "a group was put twice"
     assert {size for groups in sizes.values() for size in groups.values()} == {run.config.train.group_size}
-    # `decided` has a file's groups by index, or None once that is all of them.
+    # `decided` has a file's groups by index, or None once that is all of them; older files are one sum.
     position = run.position()
     decided = {key: list(range(len(sizes[key]))) if at is None else at for key, at in position.decided.items()}
     assert all(len(set(indexes)) == len(indexes) for indexes in decided.values()), decided
-    assert sum(map(len, decided.values())) == position.consumed
+    assert sum(map(len, decided.values())) + position.below == position.consumed
+    assert position.below == sum(len(groups) for key, groups in sizes.items() if _below(key, position.floor))
     assert position.taken == steps * run.config.train.prompts_per_step
 
 

@@ -248,6 +248,63 @@ def test_a_file_whose_name_is_no_key_is_dropped_with_the_groups_that_it_promises
     assert intake.position.dropped == {"corrupt": 2}
 
 
+def below_of(position: Position) -> tuple[int, int, int]:
+    return len(position.decided), position.floor, position.below
+
+
+def test_what_is_remembered_does_not_grow_with_the_run_and_late_files_are_still_counted_once(store, clock):
+    intake = intake_of(store, clock)
+    for number in range(20):
+        put(store, V(1, number), "a", f"{number}-0", f"{number}-1")
+        assert take(intake, 2, V(1, number)) == [f"{number}-0", f"{number}-1"]
+    assert below_of(intake.position) == (2, 18, 36)
+    put(store, V(1, 3), "late", "x", "y", "z")
+    put(store, V(1, 19), "b", "fresh")
+    assert take(intake, 1, V(1, 19)) == ["fresh"]
+    assert (intake.position.dropped, intake.position.consumed) == ({"stale": 3}, 44)
+    put(store, V(1, 19), "c", "fresh too")
+    assert take(intake, 1, V(1, 19)) == ["fresh too"]
+    assert intake.position.dropped == {"stale": 3}
+
+
+def test_a_resumed_trainer_with_another_bound_takes_nothing_twice_from_below_the_floor(store, clock):
+    put(store, V(1, 0), "a", "a", "b", "c")
+    first = intake_of(store, clock, staleness=0)
+    assert take(first, 2, V(1, 0)) == ["a", "b"]
+    put(store, V(1, 1), "a", "d")
+    assert take(first, 1, V(1, 1)) == ["d"]
+    assert below_of(first.position) == (1, 1, 3)
+    position = Position.from_json(json.loads(json.dumps(first.position.to_json())))
+    resumed = intake_of(store, clock, Lineage(1).resumed(2, 1), position, staleness=5)
+    put(store, V(2, 1), "a", "e")
+    assert take(resumed, 1, V(2, 1)) == ["e"]
+    assert (resumed.position.taken, resumed.position.dropped) == (4, {"stale": 1})
+
+
+def test_a_half_taken_file_that_grew_stale_before_the_resume_is_counted_in_full(store, clock):
+    put(store, V(1, 0), "a", "a", "b", "c")
+    first = intake_of(store, clock, staleness=0)
+    assert take(first, 1, V(1, 0)) == ["a"]
+    resumed = intake_of(
+        store, clock, Lineage(1).resumed(2, 1), Position.from_json(first.position.to_json()), staleness=0
+    )
+    put(store, V(2, 1), "a", "d")
+    assert take(resumed, 1, V(2, 1)) == ["d"]
+    assert (resumed.position.dropped, resumed.position.consumed) == ({"stale": 2}, 4)
+
+
+def test_files_below_the_floor_that_retention_removed_are_forgotten(store, clock):
+    key = put(store, V(1, 0), "a", "a", "b")
+    intake = intake_of(store, clock, staleness=0)
+    put(store, V(1, 1), "a", "c")
+    assert take(intake, 1, V(1, 1)) == ["c"]
+    assert below_of(intake.position) == (1, 1, 2)
+    store.delete(key)
+    put(store, V(1, 1), "b", "d")
+    assert take(intake, 1, V(1, 1)) == ["d"]
+    assert (intake.position.below, intake.position.dropped) == (0, {"stale": 2})
+
+
 class CountingStore(LocalStore):
     """Counts its listings."""
 

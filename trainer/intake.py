@@ -6,7 +6,8 @@ the intake's position: it goes into the checkpoint, so a resumed trainer decides
 lost steps had taken, and never about those that the checkpoint has seen.
 
 Order is by key, that is by version, then node, then sequence: the oldest of those seen first, so that as few as
-possible grow stale. The store is looked at only while too few groups wait.
+possible grow stale. The store is looked at only while too few groups wait. What is remembered is bounded: below the
+`floor`, the lowest number that is not stale yet, files are neither opened nor kept apart; their groups are one sum.
 Does not: delete trajectories. When retention removes a file, its decision is forgotten with it.
 """
 
@@ -55,19 +56,28 @@ class Rules:
 
 @dataclass(frozen=True)
 class Group:
-    """All completions of one prompt, where they lie, and the oldest version that made a token of them."""
+    """All completions of one prompt, where they lie, and how old they are: the lowest number among their versions."""
 
     samples: tuple[Sample, ...]
     key: str
     index: int  # within the file
-    oldest: Version
+    oldest: int
 
 
 @dataclass
 class Position:
-    """What was decided so far. `decided` has, per file, the groups taken or dropped; None once that is all of them."""
+    """What was decided so far.
+
+    Attributes:
+        decided: per file at or above the floor, the groups taken or dropped; None once that is all of them.
+        floor: number of the oldest versions that may still be taken; never falls, whatever the configuration becomes.
+        below: groups in files below the floor, all of them decided.
+        taken, dropped: groups in all; dropped by reason.
+    """
 
     decided: dict[str, list[int] | None] = field(default_factory=dict)
+    floor: int = 0
+    below: int = 0
     taken: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -79,11 +89,13 @@ class Position:
     def to_json(self) -> dict[str, Any]:
         """A copy, which does not change when the position does."""
         decided = {key: None if indexes is None else list(indexes) for key, indexes in self.decided.items()}
-        return {"decided": decided, "taken": self.taken, "dropped": dict(self.dropped)}
+        sums = {"floor": self.floor, "below": self.below, "taken": self.taken}
+        return {"decided": decided, **sums, "dropped": dict(self.dropped)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Position":
-        return cls(dict(body["decided"]), int(body["taken"]), dict(body["dropped"]))
+        floor, below, taken = (int(body[name]) for name in ("floor", "below", "taken"))
+        return cls(dict(body["decided"]), floor, below, taken, dict(body["dropped"]))
 
 
 class Intake:
@@ -141,7 +153,7 @@ class Intake:
         here, arrived_at = len(self._waiting), self._clock()
         while len(self._waiting) < count:
             try:
-                self._look()
+                self._look(current)
             except StoreError as error:
                 self._outage.failed(error)
             else:
@@ -161,10 +173,11 @@ class Intake:
         self.position.taken += count
         return taken
 
-    def _look(self) -> None:
+    def _look(self, current: Version) -> None:
         """Open the files that came since the last look."""
         listed = {entry.key for entry in self._store.list(self._layout.all_trajectories) if _is_ours(entry.key)}
         self._forget_deleted(listed)
+        listed -= self._close(listed, current)
         done = {key for key, indexes in self.position.decided.items() if indexes is None}
         for key in sorted(listed - self._files.keys() - done):
             try:
@@ -189,7 +202,8 @@ class Intake:
         for index, group_samples in enumerate(by_name.values()):
             if index in decided:
                 continue
-            oldest = min(version for sample in group_samples for version in sample.token_versions)
+            # The file's version too: what stands below the floor must be stale.
+            oldest = min(_number(key), *(v.number for sample in group_samples for v in sample.token_versions))
             group = Group(tuple(group_samples), key, index, oldest)
             self._waiting.append(group)
             if problem := self._rules.problem(group_samples):
@@ -221,6 +235,21 @@ class Intake:
         """Count dropped groups, all that a file's key promises: samplers count them as existing until then."""
         self.position.dropped[reason] = self.position.dropped.get(reason, 0) + groups
 
+    def _close(self, listed: set[str], current: Version) -> set[str]:
+        """The files below the floor, once it has risen: what is undecided in them is stale, and their names can go."""
+        position = self.position
+        position.floor = max(position.floor, current.number - self._max_staleness)
+        below = {key for key in listed if _number(key) < position.floor}
+        for key in below & position.decided.keys():
+            indexes = position.decided.pop(key)
+            position.below += groups_of(key) if indexes is None else len(indexes)
+            self._files.pop(key, None)
+        there = sum(map(groups_of, below))
+        if there > position.below:
+            self._count("stale", there - position.below)
+        position.below = there
+        return below
+
     def _forget_deleted(self, listed: set[str]) -> None:
         for key in self.position.decided.keys() - listed:
             if key not in self._files or self.position.decided[key] is None:
@@ -242,7 +271,13 @@ class Intake:
 
 def staleness(group: Group, current: Version) -> int:
     """How many versions old the oldest token is."""
-    return current.number - group.oldest.number
+    return current.number - group.oldest
+
+
+def _number(key: str) -> int:
+    """The number of the version that a trajectory file lies under."""
+    version = version_of(key)
+    return version.number if version else 0
 
 
 def _is_ours(key: str) -> bool:
