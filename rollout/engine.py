@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollout.exchange import Reply, Request, exchange, parse_server_url
-from shared.errors import EngineError
+from shared.errors import EngineError, UsageError
 
 HINTS = {
     ("load adapter", 400): "A name is loaded once: load other weights under another name, or unload it first",
@@ -22,6 +22,9 @@ HINTS = {
     ("complete", 404): "Load the adapter first; the engine forgets all of them when it restarts",
     ("score", 404): "Load the adapter first; the engine forgets all of them when it restarts",
 }
+
+NO_LORA_ROUTES = "Start that server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with --enable-lora"
+NOBODY = "lorasync/no/such/adapter"  # a name that nobody can have: no adapter's name has a slash
 
 # What is left out of a request, vLLM takes from the model's generation_config.json: tokens would be drawn from a
 # truncated distribution, and their log-probabilities recorded under the whole one.
@@ -123,6 +126,30 @@ class VllmEngine:
         """Drop a name."""
         self._ask("unload adapter", Request("POST", "/v1/unload_lora_adapter", {"lora_name": name}), key=name)
 
+    def check(self, max_model_len: int) -> None:
+        """Demand that adapters can be loaded at run time, and sequences of this length served.
+
+        Without the setting vLLM has no route to load by: every version would be refused with a 404, and quarantined.
+
+        Raises:
+            UsageError: the server was not started for a rollout node.
+            EngineError: it does not answer.
+        """
+        op, key = "check engine", self._server.geturl()
+        request = Request("POST", "/v1/unload_lora_adapter", {"lora_name": NOBODY})
+        [reply] = exchange(self._server, [request], op=op, timeout_s=self._timeout_s)
+        if reply.status in (404, 405) and NOBODY.encode() not in reply.content:  # vLLM's own 404 repeats the name
+            raise UsageError("the engine does not load adapters at run time", op=op, key=key, hint=NO_LORA_ROUTES)
+        for model in _field(op, self._json(op, Request("GET", "/v1/models")), "data"):
+            length = model.get("max_model_len")
+            if length is not None and int(length) < max_model_len:
+                raise UsageError(
+                    f"the engine takes sequences of {length} tokens, rollout.max_model_len is {max_model_len}",
+                    op=op,
+                    key=key,
+                    hint=f"Set rollout.max_model_len = {length}, or start that server with a longer --max-model-len",
+                )
+
     def complete(
         self, model: str, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float
     ) -> list[list[Completion]]:
@@ -194,14 +221,15 @@ def _checked(op: str, reply: Reply, key: str) -> Reply:
         return reply
     try:
         answer = json.loads(reply.content)
-        message = answer.get("error", answer).get("message", "")
+        error = answer.get("error", answer)
+        message = str(error.get("message") or error.get("detail") or "")  # detail: FastAPI's own, for a missing route
     except (ValueError, AttributeError):
         message = reply.content[:200].decode(errors="replace")
     raise EngineError(
         f"the engine answered {reply.status}{': ' if message else ''}{message}",
         op=op,
         key=key,
-        hint=HINTS.get((op, reply.status), ""),
+        hint=NO_LORA_ROUTES if message == "Not Found" else HINTS.get((op, reply.status), ""),
         retryable=reply.status in (429, 502, 503, 504),
     )
 

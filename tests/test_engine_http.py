@@ -114,6 +114,33 @@ def test_a_load_that_is_answered_200_and_not_listed_is_an_error(
         scripted.load("policy@1", "/somewhere")
 
 
+@pytest.mark.parametrize("body", [{"error": {"message": "Not Found"}}, {"detail": "Not Found"}, b""])
+def test_an_engine_without_runtime_loading_is_told_apart_from_a_missing_adapter(
+    body: Any, scripted: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "answer", (404, body))
+    with pytest.raises(UsageError, match="at run time") as caught:
+        scripted.check(max_model_len=16)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in caught.value.hint
+
+
+@pytest.mark.parametrize("body", [{"error": {"message": "Not Found"}}, {"detail": "Not Found"}])
+def test_a_load_without_a_route_does_not_blame_the_directory(
+    body: Any, scripted: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "answer", (404, body))
+    with pytest.raises(EngineError) as caught:
+        scripted.load("policy@1", "/somewhere")
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in caught.value.hint
+
+
+@pytest.mark.engine
+def test_an_engine_that_was_started_for_a_node_passes_and_its_length_is_a_bound(vllm_engine: VllmEngine) -> None:
+    vllm_engine.check(max_model_len=128)
+    with pytest.raises(UsageError, match="sequences of 128 tokens"):
+        vllm_engine.check(max_model_len=129)
+
+
 def test_an_overloaded_server_may_be_asked_again_and_a_refusing_one_not(
     scripted: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,3 +274,11 @@ def test_what_the_model_recommends_for_sampling_is_not_heeded(vllm_engine: VllmE
     unseeded = [group[0] for group in vllm_engine.complete("base", prompts, n=1, **options)]
     for completions in (seeded, unseeded):
         assert len({completion.token_ids for completion in completions}) > 4
+
+
+@pytest.mark.engine
+def test_a_request_that_says_nothing_gets_what_the_model_recommends(vllm_engine: VllmEngine) -> None:
+    """The failure that the test above is about: were this not so, it would prove nothing."""
+    body = {"model": "base", "prompt": [PROMPTS[0]] * 16, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
+    [reply] = exchange(vllm_engine._server, [Request("POST", "/v1/completions", body)], op="test", timeout_s=60)
+    assert len({tuple(choice["token_ids"]) for choice in json.loads(reply.content)["choices"]}) == 1
