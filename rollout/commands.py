@@ -21,7 +21,7 @@ def add_rollout(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "samples trajectories and evaluates every version on held-out prompts. SIGTERM drains and stops.",
     )
     add_config_arguments(parser, required=True)
-    parser.add_argument("--node", help="this node's name (rollout.node)")
+    parser.add_argument("--node", help="this node's own name (rollout.node; default: the host's)")
     parser.add_argument("--engine", metavar="URL", help="use a running vLLM server (rollout.engine_url)")
     parser.add_argument("--port", type=int, help="port for vLLM's server (rollout.port)")
     parser.add_argument("--no-sample", action="store_true", help="serve and evaluate only")

@@ -9,6 +9,7 @@ The node knows the trainer only by what lies on the store, and keeps no state bu
 comes back to the latest version.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,16 +19,16 @@ from rollout.agent import Agent
 from rollout.delivery import Delivery, engine_target
 from rollout.engine import Engine
 from rollout.heldout import Heldout
+from rollout.node_hint import NodeHint
 from rollout.router import Router
 from rollout.sampler import Sampler
 from rollout.supervise import Server, Supervisor
 from rollout.tasks.prompts import configured_prompts
 from rollout.tasks.reward import load_reward
 from rollout.watch import Watcher
-from shared import strict_json
 from shared.catalog import Catalog, check_layout
 from shared.config import Config
-from shared.errors import LorasyncError, StoreError
+from shared.errors import LorasyncError, StoreError, UsageError
 from shared.run_record import record_run
 from shared.stores import open_store, probe
 
@@ -57,7 +58,6 @@ class Node:
         self._catalog = Catalog(store, config.store.adapter)
         probe(store, self._catalog.layout.probes)
         check_layout(store, self._catalog.layout)
-        record_run(self._catalog, config)
         target = engine_target(config, base_name)
         reward = load_reward(config.task.reward)
         train_prompts = configured_prompts(config, config.task.train_prompts) if sample else []
@@ -88,6 +88,10 @@ class Node:
         )
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        record_run(self._catalog, config)
+        self._hint = NodeHint(self._catalog, config.rollout.node, clock=clock)
+        self._hint.claim()
+        self._hint_failing = False
 
     def stop(self) -> None:
         """Ask the node to drain and end; may be called from a signal handler."""
@@ -97,6 +101,7 @@ class Node:
         """Run until `stop`; in-flight requests finish before the engine is stopped.
 
         Raises:
+            UsageError: another node took this one's name.
             LorasyncError: the engine would not stay up, or a part failed in a way it can't mend.
         """
         parts: list[tuple[str, Callable[[], None]]] = [("agent", self._follow)]
@@ -115,7 +120,8 @@ class Node:
             for thread in threads:
                 thread.join(self._config.rollout.request_timeout_s)
             self._watcher.close()
-            self._tell("stopped")
+            with contextlib.suppress(UsageError):  # the name is another's now: its hint stays
+                self._tell("stopped")
         if self._failure is not None:
             raise self._failure
 
@@ -156,7 +162,11 @@ class Node:
             self._watcher.wake()
 
     def _tell(self, state: str) -> None:
-        """Renew the node's hint; a store that refuses it costs nothing but the hint."""
+        """Renew the node's hint; a store that refuses it costs nothing but the hint.
+
+        Raises:
+            UsageError: another node took this one's name.
+        """
         routed, health = self._router.routed, self._agent.health
         hint = {
             "node": self._config.rollout.node,
@@ -174,6 +184,9 @@ class Node:
             "lost_requests": (self._sampler.lost if self._sampler else 0) + self._heldout.lost,
         }
         try:
-            self._catalog.store.put(self._catalog.layout.node(self._config.rollout.node), strict_json.dumps(hint))
+            self._hint.tell(hint)
+            self._hint_failing = False
         except StoreError as error:
-            log.warning("node hint: %s", error)
+            if not self._hint_failing:
+                log.warning("node hint: %s", error)
+            self._hint_failing = True

@@ -10,6 +10,8 @@ import difflib
 import json
 import math
 import operator
+import re
+import socket
 import tomllib
 import types
 import typing
@@ -21,6 +23,9 @@ from typing import Any, Literal, TypeVar
 from shared.errors import UsageError
 
 Section = TypeVar("Section")
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,62}")
+_NO_NODE_NAME = re.compile(r"[^A-Za-z0-9_\-]+")
 
 ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -112,9 +117,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """A rollout node: its engine, cache, and sampler. `engine_url` empty means: start vLLM here."""
+    """A rollout node: its engine, cache, and sampler. `engine_url` empty means: start vLLM here.
 
-    node: str = "node-0"
+    Attributes:
+        node: the node's own name; empty becomes the host's, in letters that keys may have. Without dots, which set the
+            parts of a key apart.
+
+    Raises:
+        UsageError: `node` can't be part of a key.
+    """
+
+    node: str = ""
     cache_dir: str = ""
     engine_url: str = ""
     host: str = "127.0.0.1"
@@ -134,6 +147,13 @@ class RolloutConfig:
     quarantine_after: int = _at_least(1, 3)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        name = self.node or _NO_NODE_NAME.sub("-", socket.gethostname()).strip("-_")[:63] or "node"
+        if not _NODE_NAME.fullmatch(name):
+            hint = "Use letters, digits, dash and underscore; at most 63"
+            raise UsageError(f"not a node's name: {self.node!r}", op="read config", key="rollout.node", hint=hint)
+        object.__setattr__(self, "node", name)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -151,7 +171,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a TOML file.
 
     Args:
-        path: the file. Relative paths inside it are taken from its own folder only by those who use them.
+        path: the file. Relative paths inside it are taken from the working directory.
         overrides: dotted keys that win over the file, {"store.url": "file:///x"}.
 
     Raises:

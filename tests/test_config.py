@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from shared import arguments
-from shared.config import ALL_LINEAR, Config, StoreConfig, load_config, parse, to_toml
+from shared.config import ALL_LINEAR, Config, RolloutConfig, StoreConfig, load_config, parse, to_toml
 from shared.errors import UsageError
 
 MINIMAL = """
@@ -235,3 +235,16 @@ def test_the_documented_file_names_every_key_and_is_valid() -> None:
     for section in fields(Config):
         named = set(example[section.name])
         assert named == {f.name for f in fields(get_type_hints(Config)[section.name])}, section.name
+
+
+def test_a_node_without_a_name_has_its_hosts_in_letters_that_keys_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "-gpu 7.rack_2.example-")
+    assert RolloutConfig().node == "gpu-7-rack_2-example"
+    monkeypatch.setattr("socket.gethostname", lambda: "...")
+    assert RolloutConfig(node="").node == "node"
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "node.final", "-x", "x" * 64, "n\n"])
+def test_a_node_name_that_no_key_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="not a node's name"):
+        RolloutConfig(node=name)
