@@ -1,7 +1,7 @@
 # The targets are what CI runs. VENV=path puts the environment elsewhere; ARGS="..." is handed on to the program.
 VENV ?= .venv
-# One `command -v` for each name: dash looks at the first of several only.
-PYTHON ?= $(firstword $(shell for name in python3 python3.11 python; do command -v $$name; done 2>/dev/null))
+# One `command -v` for each name: dash looks at the first of several only. `:` at the end: make drops what exited with 127.
+PYTHON ?= $(firstword $(shell for name in python3 python3.11 python; do command -v $$name; done 2>/dev/null; :))
 ARGS ?=
 
 .DEFAULT_GOAL := help
