@@ -86,6 +86,7 @@ class Sampler:
         self._life = uuid.uuid4().hex[:8]
         self._sequence = 0
         self._sequence_lock = threading.Lock()
+        self._store_away = False
         self.groups = 0
         self.lost = 0
 
@@ -116,8 +117,11 @@ class Sampler:
             progress = self._catalog.progress()
             produced = self._produced.count()
         except StoreError as error:
-            log.warning("sampler: %s", error)
+            if not self._store_away:
+                log.warning("sampler pauses: %s", error)
+            self._store_away = True
             return 0
+        self._store_away = False
         groups = Groups(
             produced=produced,
             running=len(running) * rollout.groups_per_request,
