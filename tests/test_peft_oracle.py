@@ -1,9 +1,10 @@
 """Stock PEFT loads what `lorasync export` writes, and what lies on the store, and scores tokens as we do.
 
 The way of an adapter here is the real one: trainer's policy -> publisher -> store -> `lorasync export` -> PEFT, which
-runs with nothing of ours on its path. transformers 5 fuses the experts in memory, where per-expert names find nothing
-to adapt, so PEFT gets the last transformers that keeps them apart, in a directory beside our own packages
-(tests/peft_oracle.py). The reference is our transformers with the adapter merged into the weights.
+imports nothing of ours (tests/peft_oracle.py). PEFT runs twice: with the last transformers that keeps experts apart, as
+the names do, and with ours, which fuses them in memory and for which PEFT converts. What our environment has not, or
+has in another version, is installed in directories beside its packages. The reference is our transformers with the
+adapter merged into the weights.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,11 @@ pytestmark = pytest.mark.megatron
 
 TOLERANCE = 1e-4  # nats
 INSTALL_TIMEOUT_S, ORACLE_TIMEOUT_S = 300, 300
-# All that PEFT and this transformers need and our environment has not, or has in another version.
-PINS = (
-    "transformers==4.57.6",
-    "peft==0.21.2",
-    "accelerate==1.15.0",
-    "huggingface-hub==0.36.2",
-    "tokenizers==0.22.2",
-)
+PINS = {  # by directory: what our environment has not, or has in another version
+    "peft": ("peft==0.21.2", "accelerate==1.15.0"),
+    "transformers4": ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"),
+}
+READERS = {"transformers4": ("peft", "transformers4"), "our_transformers": ("peft",)}
 
 LORAS = {
     "attention": LoraConfig(rank=8, alpha=16, targets=ATTENTION),
@@ -64,23 +63,24 @@ class Published:
     modules: int
 
 
-def install_oracle(directory: Path) -> Path:
-    """PEFT and its transformers in a directory of their own; what is there already, by the same pins, stays."""
-    stamp = "\n".join(PINS)
+def install(pins: Sequence[str], directory: Path) -> Path:
+    """Packages in a directory of their own; what is there already, by the same pins, stays."""
+    stamp = "\n".join(pins)
     if (directory / "pins.txt").exists() and (directory / "pins.txt").read_text() == stamp:
         return directory
+    directory.parent.mkdir(exist_ok=True)
     aside = directory.with_name(f"{directory.name}.{os.getpid()}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     try:
         done = subprocess.run(
-            [*command, "--no-deps", "--target", str(aside), *PINS],
+            [*command, "--no-deps", "--target", str(aside), *pins],
             capture_output=True,
             text=True,
             timeout=INSTALL_TIMEOUT_S,
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["pip said nothing"]
-            pytest.fail(f"no package index gives {', '.join(PINS)}, so PEFT was not asked: {errors[-1]}", pytrace=False)
+            pytest.fail(f"no package index gives {', '.join(pins)}, so PEFT was not asked: {errors[-1]}", pytrace=False)
         (aside / "pins.txt").write_text(stamp)
         shutil.rmtree(directory, ignore_errors=True)
         aside.rename(directory)
@@ -154,35 +154,53 @@ def older_base(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def answers(published: dict[str, Published], older_base: Path, tokens_BT: Tensor) -> dict[Path, dict[str, Any]]:
-    """What PEFT says of every directory: one process for all, for it takes seconds to import."""
-    packages = install_oracle(Path(sys.prefix, "peft-oracle"))
+@dataclass(frozen=True)
+class Answers:
+    """What PEFT says of every directory, beside the transformers of that name."""
+
+    reader: str
+    told: dict[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=READERS)
+def answers(
+    request: pytest.FixtureRequest,
+    published: dict[str, Published],
+    tiny_hf: Path,
+    older_base: Path,
+    tokens_BT: Tensor,
+) -> Answers:
+    """One process for all directories, for it takes seconds to import."""
+    names = READERS[request.param]
+    packages = [install(PINS[name], Path(sys.prefix, "peft-oracle", name)) for name in names]
+    base = older_base if "transformers4" in names else tiny_hf
     directories = [directory for one in published.values() for directory in (one.exported, one.stored)]
     script = Path(__file__).with_name("peft_oracle.py")
-    tokens = json.dumps(tokens_BT.tolist())
     done = subprocess.run(
-        [sys.executable, "-P", str(script), str(older_base), tokens, *map(str, directories)],
-        env=os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-P", str(script), str(base), json.dumps(tokens_BT.tolist()), *map(str, directories)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, packages)), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=ORACLE_TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert {f"{name}=={answer[name]}" for name in ("transformers", "peft")} <= set(PINS)
-    return {Path(directory): told for directory, told in answer["adapters"].items()}
+    pinned = {pin for name in names for pin in PINS[name] if pin.startswith(("peft==", "transformers=="))}
+    assert pinned <= {f"{name}=={answer[name]}" for name in ("transformers", "peft")}
+    return Answers(request.param, {Path(directory): told for directory, told in answer["adapters"].items()})
 
 
 @pytest.mark.parametrize("place", ["exported", "stored"])
 @pytest.mark.parametrize("name", LORAS)
 def test_peft_loads_every_name_and_scores_as_transformers_with_merged_weights(
-    published: dict[str, Published], answers: dict[Path, dict[str, Any]], name: str, place: str
+    published: dict[str, Published], answers: Answers, name: str, place: str
 ):
     one = published[name]
-    told = answers[getattr(one, place)]
-    assert (told["missing"], told["unexpected"], told["warnings"]) == ([], [], [])
-    assert told["adapted"] == one.modules, "an adapter on each of the linear layers that have one, and on no other"
+    told = answers.told[getattr(one, place)]
+    assert (told["missing"], told["unexpected"]) == ([], [])
+    if answers.reader == "transformers4":
+        assert told["warnings"] == []
+        assert told["adapted"] == one.modules, "an adapter on each linear layer that has one, and on no other"
     assert one.effect > 1000 * TOLERANCE
     assert float((torch.tensor(told["logp"]) - one.expected_BS).abs().max()) <= TOLERANCE
 
@@ -206,5 +224,5 @@ def test_without_a_package_index_the_oracle_fails_and_says_why(tmp_path: Path, m
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(pytest.fail.Exception, match=r"PEFT was not asked: ERROR: No matching distribution .*transform"):
-        install_oracle(tmp_path / "oracle")
+        install(PINS["transformers4"], tmp_path / "oracle")
     assert not (tmp_path / "oracle").exists()
