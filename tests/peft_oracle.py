@@ -4,7 +4,7 @@
 
 TOKENS_JSON is [[id, ...], ...], rows of one length. Per adapter directory the answer has `logp`, the log-probability of
 every token given those before it ([B, T - 1], fp32), `missing` and `unexpected`, the keys that PEFT could not match to
-the model's, `warnings`, what it said meanwhile, and `adapted`, on how many linear layers it put an adapter (fused experts
+the model's, `warnings`, what it said meanwhile, and `adapted`, the linear layers with an adapter (fused experts
 are none).
 
 Nothing of this project is imported here: the directory must do for a reader who has never heard of it.
