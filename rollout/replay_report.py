@@ -20,7 +20,7 @@ from rollout.delivery import Delivery, cache_dir, engine_target
 from rollout.plot import Curve, plot_rewards
 from rollout.replay import REPLAY_SCHEMA, Replayed, parse_range, replay
 from rollout.serve import engine_for, tell_start
-from rollout.tasks.prompts import load_prompts
+from rollout.tasks.prompts import configured_prompts
 from rollout.tasks.reward import load_reward
 from shared.catalog import Catalog
 from shared.config import Config
@@ -37,7 +37,7 @@ def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:
     """
     catalog = Catalog(open_store(config.store.url, config.store.options), config.store.adapter)
     chosen = parse_range(versions, catalog.versions())
-    prompts = load_prompts(config.task.heldout_prompts, config.store.options, config.model.path)
+    prompts = configured_prompts(config, config.task.heldout_prompts)
     prompts = prompts[: config.rollout.heldout_limit]
     if not prompts:
         raise UsageError(

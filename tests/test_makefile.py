@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 @pytest.mark.parametrize("names", [["python3"], ["python3.11"], ["python"], ["python3.11", "python3"], []])
 def test_a_python_is_found_under_each_of_its_names(names: list[str], tmp_path: Path) -> None:
-    """dash, Debian's /bin/sh, looks at the first name only that `command -v` is given, and says 127 of an unknown one."""
+    """dash looks at the first name only that `command -v` is given, and make drops what ended with 127."""
     for name in names:
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
