@@ -106,7 +106,8 @@ class Agent:
         self._tries: Counter[Version] = Counter()
         self._loaded: set[Version] = set()
         self._retired = False  # whether the round before unloaded something
-        self._failures_in_a_row, self._rest_until = 0, 0.0
+        self._at_hand: Version | None = None
+        self._failures_in_a_row, self._rest_until = 0, 0.0  # with the version at hand
         self._routing = threading.Lock()
         self._engine_gone = False
 
@@ -122,6 +123,8 @@ class Agent:
         wanted: Version | None = None
         try:
             wanted = self._wanted(self._watcher.look())
+            if wanted != self._at_hand:  # what another version did is no reason to rest
+                self._at_hand, self._failures_in_a_row, self._rest_until = wanted, 0, 0.0
             action = decide(self._see(wanted))
             if action is Action.DELIVER and wanted is not None:
                 self._deliver(wanted)
@@ -239,7 +242,8 @@ class Agent:
             self._watcher.forget(wanted)
         if isinstance(error, Corrupt | EngineError) and not error.retryable and wanted is not None:
             self._tries[wanted] += 1
-        if str(error) != self.health.last_error or self._failures_in_a_row == 1:
-            state = "quarantined" if wanted in self.quarantined else "will try again"
+        quarantined = wanted in self.quarantined
+        if quarantined or str(error) != self.health.last_error or self._failures_in_a_row == 1:
+            state = "quarantined" if quarantined else "will try again"
             log.warning("version=%s failed (%s): %s", wanted, state, error)
         self.health.last_error = str(error)

@@ -36,7 +36,7 @@ class Bench:
         self.max_lora_rank = max_lora_rank
         self.agent = self.new_agent()
 
-    def new_agent(self) -> Agent:
+    def new_agent(self, retry_wait_s: float = 0.0) -> Agent:
         self.router = Router()
         target = Target(BASE_NAME, BASE, identify(self.base), self.max_lora_rank, self.folder / "cache")
         watcher = Watcher(self.catalog, poll_interval_s=0.01, list_interval_s=0.0)
@@ -50,7 +50,7 @@ class Bench:
             node="n0",
             max_loras=2,
             quarantine_after=2,
-            retry_wait_s=0.0,
+            retry_wait_s=retry_wait_s,
         )
 
     def publish(self, number: int, *, canary_off_by: float = 0.0, scale: float = 1.0) -> Version:
@@ -148,6 +148,19 @@ def test_a_version_whose_canary_disagrees_is_quarantined_and_the_next_one_is_ser
         bench.agent.tick()
     assert (bench.serving, bench.agent.quarantined) == (good, frozenset({bad}))
     assert bench.agent.health.failures == 2, "left alone after two tries"
+    mended = bench.publish(2)
+    bench.agent.tick()
+    assert bench.serving == mended
+
+
+def test_the_rest_after_a_failure_holds_up_no_newer_version(bench: Bench) -> None:
+    bench.agent = bench.new_agent(retry_wait_s=60.0)
+    bench.publish(0)
+    bench.agent.tick()
+    bench.publish(1, canary_off_by=0.01)
+    for _ in range(3):
+        bench.agent.tick()
+    assert bench.agent.health.failures == 1, "tried once, then it rests"
     mended = bench.publish(2)
     bench.agent.tick()
     assert bench.serving == mended

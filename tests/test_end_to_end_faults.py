@@ -214,7 +214,7 @@ def truncated(run: Run, base: Path, lora: LoraConfig, node: Command) -> Version:
 def test_bad_versions_are_quarantined_while_the_last_good_one_is_served(
     demo_server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run = changed(small_run(tmp_path), rollout={"engine_url": demo_server.url})
+    run = changed(small_run(tmp_path), rollout={"engine_url": demo_server.url, "quarantine_after": 2})
     engine, base, lora = demo_server.engine(), Path(run.base), run.config.lora
     other_base = Path(shutil.copytree(base, tmp_path / "other_base"))
     weights = bytearray((other_base / "model.safetensors").read_bytes())
@@ -244,6 +244,6 @@ def test_bad_versions_are_quarantined_while_the_last_good_one_is_served(
             assert run.ask("verify", str(version), "--base", run.base)[0] == code, version
         better = publish(run, base, lora, seed=6)
         wait_for(lambda: run.serving() == better, RUN_S, node)
+        wait_for(lambda: run.cached == [str(better)], RUN_S, node)
         assert node.stop() == 0
     assert run.receipts() == [good, better]
-    assert run.cached == [str(better)]
