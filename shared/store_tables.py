@@ -15,7 +15,7 @@ SILENT_AFTER_S = 60.0
 
 def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a version."""
-    table = Table("version", *(right(name) for name in ("step", "bytes")), "parent", "submitted at", "receipts")
+    table = Table("version", right("step"), right("bytes"), "parent", "submitted at", "receipts", box=None)
     for row in rows:
         if "corrupt" in row:
             table.add_row(row["version"], "", "", "", "CORRUPT", " ".join(row["receipts"]))
@@ -27,19 +27,18 @@ def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def shown(status: Status) -> RenderableType:
     """A status as rich shows it."""
-    table = Table("node", "state", "serves", right("lag"), right("lag s"), "since", right("failures"), "quarantined")
+    table = Table("node", "serves", "versions behind", "state", "since", box=None)
     for node in status.nodes:
+        silent = node.silent_s is not None and node.silent_s >= SILENT_AFTER_S
+        notes = [node.state, f"silent {node.silent_s:.0f} s" if silent else ""]
+        notes += [f"{node.failures} failures" if node.failures else "", *(f"{v} quarantined" for v in node.quarantined)]
+        late = f" ({node.lag_s:.1f} s)" if node.lag_s else ""
         table.add_row(
             node.node,
-            node.state
-            if node.silent_s is None or node.silent_s < SILENT_AFTER_S
-            else f"{node.state}, silent {node.silent_s:.0f} s",
-            str(node.version or ""),
-            "" if node.lag_versions is None else str(node.lag_versions),
-            "" if node.lag_s is None else f"{node.lag_s:.1f}",
+            str(node.version or "-"),
+            "" if node.lag_versions is None else f"{node.lag_versions}{late}",
+            ", ".join(filter(None, notes)),
             local_time(node.served_since),
-            str(node.failures),
-            " ".join(node.quarantined),
         )
     head = f"{status.adapter} at {status.store}\nlatest version: {status.latest or 'none'} ({status.versions} in all)"
     return Group(Text(head), Text(f"trainer: {_trainer(status.trainer)}"), *([table] if status.nodes else ["no node"]))
