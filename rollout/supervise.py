@@ -1,24 +1,34 @@
 """Is the node's own engine to be started again? Watches its process and its health, and does it.
 
-Two failures: the process died, or it lives and has not answered for HUNG_AFTER_S (a deadlock, a stuck device). Both end
-in a new start, tried until MAX_STARTS in a row gave nothing that lasted. Does not: watch an engine of somebody else's,
-know adapters (`rollout.agent` loads them again).
+Three failures: the process died; it lives and is done for (vLLM's server says so, or has closed its port, and then
+waits without end for requests that its dead core will never answer); it lives and has not answered for HUNG_AFTER_S (a
+deadlock, a stuck device). All end in a new start, tried until MAX_STARTS in a row gave nothing that lasted. Does not:
+watch an engine of somebody else's, know adapters (`rollout.agent` loads them again).
 """
 
 import logging
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import Protocol
 
 from shared.errors import EngineError, UsageError
 
 log = logging.getLogger(__name__)
 
-HEALTH_INTERVAL_S = 5.0
+HEALTH_INTERVAL_S = 2.0
 HUNG_FAILURES = 3  # in a row, over HUNG_AFTER_S at least: one slow answer on a busy machine is no hang
 HUNG_AFTER_S = 30.0
 MAX_STARTS = 5  # in a row, without the engine serving a version or being healthy for STEADY_S
 STEADY_S = 60.0
+
+
+class Pulse(Enum):
+    """What a living process says of its health."""
+
+    WELL = "well"
+    SILENT = "silent"  # nothing, or nothing that tells
+    DONE_FOR = "done for"  # it says so, or nobody listens any more
 
 
 class Server(Protocol):
@@ -30,8 +40,8 @@ class Server(Protocol):
     def running(self) -> bool:
         """Whether its process lives."""
 
-    def answers(self) -> bool:
-        """Whether it says within seconds that it is healthy."""
+    def pulse(self) -> Pulse:
+        """What it says of its health within seconds."""
 
 
 class Supervisor:
@@ -58,7 +68,10 @@ class Supervisor:
         now = self._clock()
         if now - self._asked_at >= HEALTH_INTERVAL_S:
             self._asked_at = now
-            self._hear(self._server.answers())
+            pulse = self._server.pulse()
+            if pulse is Pulse.DONE_FOR:
+                return "is done for"
+            self._hear(pulse is Pulse.WELL)
         silent_s = now - self._answered_at
         if self._failures >= HUNG_FAILURES and silent_s >= HUNG_AFTER_S:
             return f"has not answered for {silent_s:.0f} s"

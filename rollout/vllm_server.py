@@ -13,12 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from rollout.engine import VllmEngine
+from rollout.supervise import Pulse
 from rollout.vllm_settings import arguments, check_port, check_settings, environment
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
 from shared.errors import EngineError
 from shared.lifeline import ProcessGroup
 
 STOP_GRACE_S = 15.0
+RESTART_GRACE_S = 2.0  # for what is left of one that failed
 POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0
 LOG_TAIL_BYTES = 64 * 1024
@@ -77,7 +79,7 @@ class VllmServer:
             UsageError: the configuration cannot work, or the port is taken.
             EngineError: it died, was not healthy within start_timeout_s, or was given up.
         """
-        self.stop()
+        self._stop(RESTART_GRACE_S)
         self.check()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -93,13 +95,14 @@ class VllmServer:
         """Whether its process runs; not whether it answers."""
         return self._group is not None and self._group.exit_code() is None
 
-    def answers(self) -> bool:
-        """Whether it says within HEALTH_TIMEOUT_S that it is healthy."""
+    def pulse(self) -> Pulse:
+        """What it says of its health within HEALTH_TIMEOUT_S."""
         try:
             VllmEngine(self.url, timeout_s=HEALTH_TIMEOUT_S).health()
-        except EngineError:
-            return False
-        return True
+        except EngineError as error:
+            answered, refused = error.__cause__ is None, isinstance(error.__cause__, ConnectionRefusedError)
+            return Pulse.DONE_FOR if answered or refused else Pulse.SILENT
+        return Pulse.WELL
 
     def death(self) -> EngineError:
         """Why it is not running, from its log."""
@@ -114,8 +117,11 @@ class VllmServer:
 
     def stop(self) -> None:
         """Stop it and all its processes. Safe to call at any time."""
+        self._stop(STOP_GRACE_S)
+
+    def _stop(self, grace_s: float) -> None:
         if self._group is not None:
-            self._group.stop(STOP_GRACE_S)
+            self._group.stop(grace_s)
             self._group = None
 
     def __enter__(self) -> "VllmServer":

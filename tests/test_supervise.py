@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rollout.supervise import HEALTH_INTERVAL_S, HUNG_AFTER_S, MAX_STARTS, STEADY_S, Supervisor
+from rollout.supervise import HEALTH_INTERVAL_S, HUNG_AFTER_S, MAX_STARTS, STEADY_S, Pulse, Supervisor
 from shared.errors import EngineError, LorasyncError, UsageError
 
 
@@ -14,6 +14,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.now = 1000.0
         self.alive = self.healthy = True
+        self.done_for = False
         self.asked = self.starts = 0
         self.start_error: LorasyncError | None = None
 
@@ -23,13 +24,14 @@ class FakeServer:
             self.alive = False
             raise self.start_error
         self.alive = self.healthy = True
+        self.done_for = False
 
     def running(self) -> bool:
         return self.alive
 
-    def answers(self) -> bool:
+    def pulse(self) -> Pulse:
         self.asked += 1
-        return self.healthy
+        return Pulse.DONE_FOR if self.done_for else Pulse.WELL if self.healthy else Pulse.SILENT
 
 
 @pytest.fixture
@@ -72,6 +74,13 @@ def test_a_server_that_lives_and_does_not_answer_is_hung_after_a_while(
     assert "has not answered" in failure_within(supervisor, server, 2 * HEALTH_INTERVAL_S, serving=True)
     supervisor.restart(never)
     assert failure_within(supervisor, server, 2 * HUNG_AFTER_S) == ""
+
+
+def test_a_server_that_says_it_is_done_for_is_not_waited_for(supervisor: Supervisor, server: FakeServer) -> None:
+    server.done_for = True
+    assert failure_within(supervisor, server, 2 * HEALTH_INTERVAL_S, serving=True) == "is done for"
+    supervisor.restart(never)
+    assert failure_within(supervisor, server, HUNG_AFTER_S) == ""
 
 
 def test_one_answer_in_between_is_no_hang(supervisor: Supervisor, server: FakeServer) -> None:

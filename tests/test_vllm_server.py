@@ -6,11 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from engine_fixtures import free_port, group_members, wait_until
 
+from rollout.supervise import Pulse
 from rollout.vllm_server import VllmServer, last_line, telling_line
 from rollout.vllm_settings import arguments, check_port, check_settings, kv_cache_bytes, sampling_seed
 from shared.config import LoraConfig, ModelConfig, RolloutConfig
@@ -249,6 +252,26 @@ def test_a_start_is_given_up_when_the_node_is_to_stop(tiny_hf: Path, tmp_path: P
     assert not server.running()
 
 
+class Dead(BaseHTTPRequestHandler):
+    """vLLM's server when its core is dead."""
+
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_has_closed_its_port_or_says_that_its_core_is_dead_is_done_for(tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Dead) as dead:
+        threading.Thread(target=dead.serve_forever, daemon=True).start()
+        rollout = RolloutConfig(port=dead.server_port)
+        server = VllmServer(ModelConfig(str(tmp_path)), LoraConfig(), rollout, tmp_path / "vllm.log")
+        assert server.pulse() is Pulse.DONE_FOR
+        dead.shutdown()
+    assert server.pulse() is Pulse.DONE_FOR
+
+
 @pytest.mark.engine
 def test_a_killed_server_leaves_no_engine_and_is_noticed(tiny_hf: Path, tmp_path: Path) -> None:
     rollout = RolloutConfig(port=free_port(), start_timeout_s=240, max_model_len=128)
@@ -256,9 +279,9 @@ def test_a_killed_server_leaves_no_engine_and_is_noticed(tiny_hf: Path, tmp_path
         server.start()
         assert server.pid is not None
         group = server.pid
-        assert server.answers()
+        assert server.pulse() is Pulse.WELL
         os.kill(group, signal.SIGSTOP)
-        assert server.running() and not server.answers()  # hung: what only its health tells
+        assert server.running() and server.pulse() is Pulse.SILENT  # hung: what only its health tells
         os.kill(group, signal.SIGKILL)
         wait_until(lambda: group_members(group) == [], 20)
         assert not server.running()
