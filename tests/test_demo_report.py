@@ -112,3 +112,12 @@ def test_a_second_demo_under_the_same_adapter_is_refused(tmp_path: Path) -> None
 def test_a_store_that_two_processes_cannot_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one process's own"):
         run_demo(DemoOptions(tmp_path / "out", "demo", "memory://x"), Console())
+
+
+def test_a_run_whose_last_version_was_quarantined_is_given_up_after_training_and_not_before() -> None:
+    state = run(0.2, 0.9)
+    assert state.given_up == ""
+    state.nodes = [{"node": "n", "quarantined": [str(V1)]}]
+    assert state.given_up == str(V1)
+    state.trainer = {**state.trainer, "done": False}
+    assert state.given_up == ""

@@ -65,6 +65,13 @@ class RunState:
         """Training has ended and the last version was evaluated after it."""
         return bool(self.trainer.get("done")) and self.final is not None
 
+    @property
+    def given_up(self) -> str:
+        """The last version, if training has ended and a node quarantined it: it will never be served."""
+        last = str(self.published[-1]) if self.published else ""
+        refused = any(last in node.get("quarantined", ()) for node in self.nodes)
+        return last if refused and self.trainer.get("done") else ""
+
 
 class RunReader:
     """Reads a run's state, fetching each evaluation and receipt once."""

@@ -133,6 +133,8 @@ def _run(config: Config, file: Path, logs: Path, view: View, *, frozen: bool = F
             trainer.running()
             if not node.running():
                 raise LorasyncError("the rollout node stopped before the run was done", hint=f"See {node.log}")
+            if state.given_up:
+                raise LorasyncError("the last version was quarantined", version=state.given_up, hint=f"See {node.log}")
             if time.monotonic() > deadline:
                 raise LorasyncError(f"the run was not done after {RUN_TIMEOUT_S:.0f} s", hint=f"See {logs}")
             try:
