@@ -18,7 +18,6 @@ from typing import Any
 from publisher.epochs import Claim, demand_unfenced
 from publisher.shard import EncodedSlice, digest, shard_chunks
 from shared import strict_json
-from shared.adapter_files import peft_config
 from shared.base_model import BaseIdentity
 from shared.coverage import demand_complete
 from shared.errors import Corrupt, Fenced
@@ -34,7 +33,7 @@ from shared.manifest import (
     Tensor,
     canary_from_json,
 )
-from shared.peft_names import peft_target_modules
+from shared.peft_config import peft_config
 from shared.store import Store
 from shared.versions import Version
 
@@ -79,10 +78,7 @@ def put_shard(
     key = f"{attempt}/{name}.safetensors"
     store.put_stream(key, shard_chunks(pieces))
     if rank.index == 0:
-        lora = heading.lora
-        targets = peft_target_modules(lora.targets)
-        config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=heading.base_name)
-        store.put(f"{attempt}/adapter_config.json", strict_json.dumps(config))
+        store.put(f"{attempt}/adapter_config.json", peft_config(heading.lora, heading.base_name))
     record = {
         "rank": rank.index,
         "world": rank.world,

@@ -18,7 +18,7 @@ from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
 from shared.catalog import Catalog
 from shared.config import Config
-from shared.errors import EngineError, KeyMissing, StoreError
+from shared.errors import EngineError, StoreError
 from shared.manifest import Manifest
 from shared.versions import Version, served_name
 
@@ -49,9 +49,8 @@ class Heldout:
         self.lost = 0  # evaluations that failed for good; a version that is routed again is evaluated again
 
     def enqueue(self, manifest: Manifest) -> None:
-        """Evaluate a version that was just routed, unless this node did so in an earlier life."""
-        key = self._catalog.layout.evaluation(manifest.version, self._config.rollout.node)
-        if self._prompts and not self._exists(key):
+        """Evaluate a version that was just routed. Asks the store nothing: the agent's thread calls it."""
+        if self._prompts:
             self._router.hold(manifest.version)
             self._waiting.put(manifest)
 
@@ -76,7 +75,7 @@ class Heldout:
     def _evaluated(self, manifest: Manifest) -> bool:
         """Evaluate a version; whether that is settled, done or lost for good."""
         if self._exists(self._catalog.layout.evaluation(manifest.version, self._config.rollout.node)):
-            return True  # routed twice: its engine was started again meanwhile
+            return True  # by an earlier life of this node, or routed twice: its engine was started again meanwhile
         try:
             self._evaluate(manifest, self._config.rollout.node, self._config.rollout.seed)
         except (EngineError, StoreError) as error:
@@ -130,8 +129,6 @@ class Heldout:
     def _exists(self, key: str) -> bool:
         try:
             self._catalog.store.get(key)
-        except KeyMissing:
-            return False
-        except StoreError:
+        except StoreError:  # missing, or not to be had now: then the put finds out
             return False
         return True

@@ -155,21 +155,3 @@ def demand_finite(spec: TensorSpec, content: bytes | memoryview, *, key: str) ->
     bits = np.frombuffer(content, dtype=word)
     if bool(((bits & exponent) == exponent).any()):
         raise Corrupt(f"NaN or infinity in tensor {spec.name}", op="check values", key=key)
-
-
-def peft_config(*, rank: int, alpha: int, target_modules: Sequence[str], base_name: str) -> dict[str, Any]:
-    """adapter_config.json of a plain PEFT LoRA adapter."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": list(target_modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }

@@ -14,13 +14,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shared import strict_json
-from shared.adapter_files import peft_config
 from shared.assemble import assemble
 from shared.coverage import demand_complete
 from shared.errors import Corrupt, StoreError
 from shared.manifest import PART_BYTES, Manifest, Shard
-from shared.peft_names import peft_target_modules
+from shared.peft_config import peft_config
 from shared.store import Store
 
 WEIGHTS, CONFIG, MANIFEST, DIGEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json", "sha256"
@@ -47,7 +45,7 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
         StoreError: the store failed, or the local disk did.
     """
     demand_complete(manifest, expected)
-    config = plain_config(manifest, base_name)
+    config = peft_config(manifest.lora, base_name)
     if _intact(directory, manifest, config):
         return directory
     try:
@@ -101,14 +99,6 @@ def verify(store: Store, manifest: Manifest, expected: Mapping[str, Shape], scra
             path.unlink()
     except OSError as error:
         raise StoreError(f"{error}", op="verify", key=str(scratch)) from error
-
-
-def plain_config(manifest: Manifest, base_name: str) -> bytes:
-    """adapter_config.json of the version as it stands on disk: B is already scaled by the wire's alpha."""
-    lora = manifest.lora
-    targets = peft_target_modules(lora.targets)
-    config = peft_config(rank=lora.rank, alpha=lora.wire_alpha, target_modules=targets, base_name=base_name)
-    return strict_json.dumps(config)
 
 
 def download(store: Store, shard: Shard, path: Path) -> Path:

@@ -32,6 +32,21 @@ FIRST_WAIT_S = 0.2
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20  # without a byte
 
+# What the libraries below call it: names of exceptions (not imported: each scheme has its own), and S3's error codes.
+REFUSED_CODES = {"403", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
+PASSING_CODES = {"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504"}
+PASSING_ERRORS = {
+    "ClientPayloadError",
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "ReadTimeoutError",
+    "ResponseStreamingError",
+    "ServerDisconnectedError",
+}
+
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem checks and creates in two steps
 
 
@@ -234,43 +249,20 @@ class ObjectStore:
         if names & {"NoCredentialsError", "PartialCredentialsError"}:
             hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or store.options key and secret"
             return StoreError(f"no credentials for {self.url}", op=op, key=key, hint=hint)
-        if isinstance(error, PermissionError) or codes & {
-            "403",
-            "SignatureDoesNotMatch",
-            "InvalidAccessKeyId",
-        }:
-            return StoreError(
-                f"{self.url} refuses these credentials: {text}", op=op, key=key, hint="Check key and policy"
-            )
+        if isinstance(error, PermissionError) or codes & REFUSED_CODES:
+            problem = f"{self.url} refuses these credentials: {text}"
+            return StoreError(problem, op=op, key=key, hint="Check key and policy")
         if isinstance(error, FileNotFoundError) and op == "get":
             return KeyMissing("no such object", op=op, key=key)
         if isinstance(error, FileNotFoundError):
             hint = "Does it exist, and is the endpoint a store of this kind?"
             return StoreError(f"{self.url} is not found there", op=op, key=key, hint=hint)
+        status = _status(error)
         passing = bool(
             isinstance(error, TimeoutError | ConnectionError)
-            or names
-            & {
-                "HTTPClientError",
-                "EndpointConnectionError",
-                "ConnectTimeoutError",
-                "ReadTimeoutError",
-                "ClientPayloadError",
-            }
-            or names & {"ConnectionClosedError", "IncompleteRead", "ServerDisconnectedError", "ResponseStreamingError"}
-            or codes
-            & {
-                "InternalError",
-                "SlowDown",
-                "ServiceUnavailable",
-                "RequestTimeout",
-                "500",
-                "502",
-                "503",
-                "504",
-            }
-            or (_status(error) or 0) >= 500
-            or _status(error) == 409
+            or names & PASSING_ERRORS
+            or codes & PASSING_CODES
+            or (status is not None and (status >= 500 or status == 409))
         )
         hint = "Is the endpoint right and up?" if passing else ""
         return StoreError(f"{self.url}: {text}", op=op, key=key, hint=hint, retryable=passing)

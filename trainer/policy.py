@@ -71,7 +71,7 @@ class Policy:
         load_base(self.model, self.hf_config, config.model.path)
         self._base_digest = base_digest(self.model)
         lora = config.lora
-        self.trained_parameters = attach(self.model, lora.targets, lora.rank, lora.alpha, config.train.seed)
+        attach(self.model, lora.targets, lora.rank, lora.alpha, config.train.seed)
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [p for _, p in self._named], lr=config.train.lr, betas=config.train.betas, weight_decay=0.0
