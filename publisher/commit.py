@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from publisher.epochs import Claim, demand_unfenced
-from publisher.shard import EncodedSlice, digest, shard_chunks
+from publisher.shard import EncodedSlice, digest, shard_bytes, shard_chunks
 from shared import strict_json
 from shared.base_model import BaseIdentity
 from shared.coverage import demand_complete
@@ -76,7 +76,7 @@ def put_shard(
     plain = rank.world == 1 and not aliases
     name = "adapter_model" if plain else f"rank-{rank.index:05d}-of-{rank.world:05d}"
     key = f"{attempt}/{name}.safetensors"
-    store.put_stream(key, shard_chunks(pieces))
+    store.put_stream(key, shard_chunks(pieces), shard_bytes(pieces))
     if rank.index == 0:
         store.put(f"{attempt}/adapter_config.json", peft_config(heading.lora, heading.base_name))
     record = {

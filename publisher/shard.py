@@ -115,6 +115,11 @@ def shard_chunks(pieces: Sequence[EncodedSlice]) -> Iterator[bytes | memoryview]
         yield from piece.content
 
 
+def shard_bytes(pieces: Sequence[EncodedSlice]) -> int:
+    """The file's size."""
+    return sum(len(chunk) for chunk in shard_chunks(pieces))
+
+
 def digest(key: str, chunks: Iterable[bytes | memoryview]) -> Shard:
     """Size, sha256 of the whole and of every PART_BYTES part, in one pass."""
     whole, part = hashlib.sha256(), hashlib.sha256()

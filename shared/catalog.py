@@ -10,7 +10,7 @@ from typing import Any
 from shared import strict_json
 from shared.errors import Corrupt, KeyMissing, UsageError
 from shared.layout import LAYOUT, Layout, version_of
-from shared.manifest import MAX_MANIFEST_BYTES, Manifest
+from shared.manifest import MAX_MANIFEST_BYTES, VOID, Manifest
 from shared.store import Store
 from shared.versions import Version
 
@@ -34,8 +34,10 @@ class Catalog:
             be read counts as absent: the listing is the truth.
         """
         try:
-            fetched = self.store.get_if_changed(self.layout.latest, tag)
+            fetched = self.store.get_if_changed(self.layout.latest, tag, MAX_HINT_BYTES)
         except KeyMissing:
+            return None, ""
+        except Corrupt:  # too large for a hint
             return None, ""
         if fetched is None:
             return None
@@ -46,8 +48,9 @@ class Catalog:
             return None, fetched.tag
 
     def versions(self) -> list[Version]:
-        """Every committed version, ascending: one listing."""
-        found = (version_of(entry.key) for entry in self.store.list(self.layout.manifests))
+        """Every committed version, ascending: one listing. A void is known by its size, which no manifest can have."""
+        entries = self.store.list(self.layout.manifests)
+        found = (version_of(entry.key) for entry in entries if entry.size != len(VOID))
         return sorted(version for version in found if version)
 
     def newest(self) -> Version | None:
@@ -63,7 +66,10 @@ class Catalog:
             Corrupt: the manifest, or one that stands under another version's name.
         """
         key = self.layout.manifest(version)
-        manifest = Manifest.parse(self.store.get(key, MAX_MANIFEST_BYTES), key=key)
+        content = self.store.get(key, MAX_MANIFEST_BYTES)
+        if content == VOID:
+            raise KeyMissing("collected", op="read manifest", key=key, version=str(version))
+        manifest = Manifest.parse(content, key=key)
         if (manifest.adapter, manifest.version) != (self.layout.adapter, version):
             problem = f"names {manifest.adapter}@{manifest.version}"
             raise Corrupt(problem, op="read manifest", key=key, version=str(version))

@@ -5,6 +5,9 @@
 {adapter}/epochs/{epoch:08d}.json                                        claim of a trainer's life
 {adapter}/data/{epoch:08d}-{number:012d}/{attempt}/...                   shards and rank records
 {adapter}/manifests/{epoch:08d}-{number:012d}.json                       THE commit
+{adapter}/fates/{epoch}-{number}/{n:06d}.json                            pinned, unpinned, collected: a log, n from 1
+{adapter}/rollbacks/{epoch}-{number}/{epoch}-{number}.json               the second version uses the first one's data
+{adapter}/leases/{holder}.json                                           overwritten: versions that a reader is using
 {adapter}/LATEST                                                         overwritten hint
 {adapter}/trainer.json                                                   overwritten hint: the trainer's progress
 {adapter}/receipts/{epoch}-{number}/{node}.json                          a node serves the version, proven
@@ -59,7 +62,32 @@ class Layout:
         return f"{self.manifests}/{stem(version)}.json"
 
     def attempt(self, version: Version, attempt: str) -> str:
-        return f"{self.adapter}/data/{stem(version)}/{attempt}"
+        return f"{self.data}/{stem(version)}/{attempt}"
+
+    @property
+    def data(self) -> str:
+        return f"{self.adapter}/data"
+
+    @property
+    def fates(self) -> str:
+        return f"{self.adapter}/fates"
+
+    def fate(self, version: Version, n: int) -> str:
+        return f"{self.fates}/{stem(version)}/{n:06d}.json"
+
+    @property
+    def rollbacks(self) -> str:
+        return f"{self.adapter}/rollbacks"
+
+    def rollback(self, source: Version, version: Version) -> str:
+        return f"{self.rollbacks}/{stem(source)}/{stem(version)}.json"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.adapter}/leases"
+
+    def lease(self, holder: str) -> str:
+        return f"{self.leases}/{holder}.json"
 
     @property
     def latest(self) -> str:
@@ -121,7 +149,7 @@ def stem(version: Version) -> str:
 
 
 def version_of(key: str) -> Version | None:
-    """The version that a key below manifests/, receipts/, trajectories/ or evaluations/ is about."""
+    """The version that a key below manifests/, data/, fates/, receipts/, trajectories/ or evaluations/ is about."""
     for part in key.split("/")[2:]:
         match = _STEM.fullmatch(part.removesuffix(".json"))
         if match:

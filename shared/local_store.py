@@ -5,11 +5,14 @@ fails if the name exists, also on NFS), loss after power failure (file and direc
 returns). Temporary names start with a dot and are never listed.
 """
 
+import contextlib
 import errno
 import os
 import re
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -43,12 +46,23 @@ class LocalStore:
 
         return _translated("get", key, read)
 
-    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        def read() -> bytes:
+            with self._path(key).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), end - start, start)
+
+        return _translated("get", key, read)
+
+    def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         def read() -> Fetched | None:
             with self._path(key).open("rb") as file:
                 status = os.fstat(file.fileno())
                 now = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
-                return None if now == tag else Fetched(file.read(), now)
+                if now == tag:
+                    return None
+                if max_bytes is not None and status.st_size > max_bytes:
+                    raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
+                return Fetched(file.read(), now)
 
         return _translated("get", key, read)
 
@@ -82,22 +96,17 @@ class LocalStore:
 
         return _translated("put if absent", key, write)
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         def write() -> None:
             path = self._path(key)
+            self._demand_room(size, key)
             aside = self._write_aside(path, chunks)
             aside.replace(path)
             _sync_directory(path.parent)
 
         _translated("put", key, write)
 
-    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
-        file = _translated("get", key, lambda: self._path(key).open("rb"))
-        with file:
-            while part := _translated("get", key, lambda: file.read(part_bytes)):
-                yield part
-
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         def walk() -> list[Entry]:
             found = []
             for folder, folders, files in os.walk(self._path(prefix) if prefix else self.root, onerror=_unless_gone):
@@ -106,17 +115,45 @@ class LocalStore:
                     path = Path(folder) / name
                     if name.startswith("."):
                         continue
+                    key = path.relative_to(self.root).as_posix()
+                    if key <= after:
+                        continue
                     try:
-                        size = path.stat().st_size
+                        status = path.stat()
                     except FileNotFoundError:  # deleted between the listing and the stat
                         continue
-                    found.append(Entry(path.relative_to(self.root).as_posix(), size))
+                    found.append(Entry(key, status.st_size, status.st_mtime))
             return sorted(found, key=lambda entry: entry.key)
 
         return _translated("list", prefix, walk)
 
     def delete(self, key: str) -> None:
         _translated("delete", key, lambda: self._path(key).unlink(missing_ok=True))
+
+    def sweep(self, prefix: str, older_than_s: float) -> int:
+        def remove() -> int:
+            removed = 0
+            for folder, _, files in os.walk(self._path(prefix), onerror=_unless_gone):
+                for path in (Path(folder) / name for name in files if name.startswith(".")):
+                    with contextlib.suppress(FileNotFoundError):
+                        if _now(Path(folder)) - path.stat().st_mtime > older_than_s:
+                            path.unlink()
+                            removed += 1
+            return removed
+
+        return _translated("sweep", prefix, remove)
+
+    def _demand_room(self, size: int, key: str) -> None:
+        """Check that a large object fits before writing it.
+
+        Raises:
+            StoreError: it does not.
+        """
+        _make_directory(self.root)
+        free = shutil.disk_usage(self.root).free
+        if free < size:
+            problem = f"{free >> 20} MiB free at {self.root}, {size >> 20} MiB needed"
+            raise StoreError(problem, op="put", key=key, hint="Free room or lower retention")
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -136,6 +173,12 @@ class LocalStore:
             aside.unlink(missing_ok=True)
             raise
         return aside
+
+
+def _now(folder: Path) -> float:
+    """The file system's own clock, which on NFS is the server's."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _unless_gone(error: OSError) -> None:

@@ -23,6 +23,7 @@ from shared.versions import Version
 
 MAX_MANIFEST_BYTES = 100_000_000  # a single request on every store: multipart creates race
 MAX_COUNT = 1 << 50
+VOID = b'{"layout":1,"void":true}'  # stands where a manifest was collected, or shall never be: no version
 PART_BYTES = 16 << 20  # each part of a shard has a digest of its own, so a download is verified as it streams
 
 

@@ -13,8 +13,8 @@ asking above: the publisher until its version is committed, the intake and the w
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -90,10 +90,14 @@ class ObjectStore:
         path = self._path(key)
         return self._attempt("get", key, lambda: self._read_whole(path, key, max_bytes))
 
-    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        path = self._path(key)
+        return self._attempt("get", key, lambda: self._read_range(path, start, end))
+
+    def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         path = self._path(key)
         conditional = self._get_if_none_match if self._is_s3 else self._get_if_other_mark
-        return self._attempt("get", key, lambda: conditional(path, tag))
+        return self._attempt("get", key, lambda: conditional(path, key, tag, max_bytes))
 
     def put(self, key: str, content: bytes) -> None:
         path = self._path(key)
@@ -120,7 +124,7 @@ class ObjectStore:
 
         return self._attempt("put if absent", key, write_alone if self._scheme == "memory" else write)
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         path = self._path(key)
 
         def write() -> None:
@@ -140,15 +144,7 @@ class ObjectStore:
         # Not retried as a whole: the chunks may be a generator. s3fs repeats its own parts.
         self._attempt("put", key, write, attempts=1)
 
-    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
-        path, start = self._path(key), 0
-        size = self._attempt("get", key, lambda: int(self._fs.info(path)["size"]))
-        while start < size:
-            end = min(start + part_bytes, size)
-            yield self._attempt("get", key, partial(self._read_range, path, start, end))
-            start = end
-
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         path = self._path(prefix) if prefix else self._root
 
         def find() -> list[Entry]:
@@ -161,7 +157,8 @@ class ObjectStore:
                 self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{below}/", MaxKeys=1)
             cut = len(self._root) + 1
             files = {name: info for name, info in found.items() if info["type"] == "file" and name != path}
-            return sorted((Entry(name[cut:], int(info["size"])) for name, info in files.items()), key=_by_key)
+            entries = (Entry(name[cut:], int(info["size"]), _modified(info)) for name, info in files.items())
+            return sorted((entry for entry in entries if entry.key > after), key=_by_key)
 
         return self._attempt("list", prefix, find)
 
@@ -176,17 +173,22 @@ class ObjectStore:
 
         self._attempt("delete", key, remove)
 
+    def sweep(self, prefix: str, older_than_s: float) -> int:
+        return 0
+
     def _read_whole(self, path: str, key: str, max_bytes: int | None = None) -> bytes:
         """On S3 in one request; s3fs's `cat_file` asks for the size first, and repeats what is repeated already."""
         if self._is_s3:
-            answer = self._get_object(path)
-            if max_bytes is not None and answer["ContentLength"] > max_bytes:
-                answer["Body"].close()
-            else:
-                return self._body(answer)
-        elif max_bytes is None or self._fs.info(path)["size"] <= max_bytes:
-            return cast(bytes, self._fs.cat_file(path))
-        raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
+            return self._bounded_body(self._get_object(path), key, max_bytes)
+        if max_bytes is not None and self._fs.info(path)["size"] > max_bytes:
+            raise _too_large(key, max_bytes)
+        return cast(bytes, self._fs.cat_file(path))
+
+    def _bounded_body(self, answer: Mapping[str, Any], key: str, max_bytes: int | None) -> bytes:
+        if max_bytes is not None and answer["ContentLength"] > max_bytes:
+            answer["Body"].close()
+            raise _too_large(key, max_bytes)
+        return self._body(answer)
 
     def _read_range(self, path: str, start: int, end: int) -> bytes:
         if self._is_s3:
@@ -204,7 +206,7 @@ class ObjectStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
 
-    def _get_if_none_match(self, path: str, tag: str) -> Fetched | None:
+    def _get_if_none_match(self, path: str, key: str, tag: str, max_bytes: int | None) -> Fetched | None:
         """S3's conditional GET: 304 comes as an exception."""
         condition = {"IfNoneMatch": tag} if tag else {}
         try:
@@ -213,14 +215,18 @@ class ObjectStore:
             if _status(error) == 304:
                 return None
             raise
-        return Fetched(self._body(answer), answer["ETag"])
+        return Fetched(self._bounded_body(answer, key, max_bytes), answer["ETag"])
 
-    def _get_if_other_mark(self, path: str, tag: str) -> Fetched | None:
+    def _get_if_other_mark(self, path: str, key: str, tag: str, max_bytes: int | None) -> Fetched | None:
         """Elsewhere: compare what `info` says changes with the content, then read."""
         info = self._fs.info(path)
         marks = (info.get(k) for k in ("ETag", "etag", "generation", "md5Hash", "content_settings", "created", "mtime"))
         now = "|".join(str(mark) for mark in (*marks, info["size"]) if mark is not None)
-        return None if now == tag else Fetched(cast(bytes, self._fs.cat_file(path)), now)
+        if now == tag:
+            return None
+        if max_bytes is not None and info["size"] > max_bytes:
+            raise _too_large(key, max_bytes)
+        return Fetched(cast(bytes, self._fs.cat_file(path)), now)
 
     def _attempt(self, op: str, key: str, call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
         """Run a repeatable call, retrying what may pass, letting out only the store's errors."""
@@ -284,6 +290,23 @@ def _steady(s3: Any) -> None:
 
 def _drop_expect(params: dict[str, Any], **_: Any) -> None:
     params["headers"].pop("Expect", None)
+
+
+def _too_large(key: str, max_bytes: int) -> Corrupt:
+    return Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """When an object was written, by what its file system calls that."""
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        value = info.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    raise StoreError("the store does not say when an object was written", op="list", key=str(info.get("name")))
 
 
 def _by_key(entry: Entry) -> str:

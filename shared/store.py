@@ -8,7 +8,7 @@ Keys are relative, `/`-separated, and checked: a key can't leave the store.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class Entry:
 
     key: str
     size: int  # bytes
+    modified: float  # when it was written, in Unix seconds of the store's own clock
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,17 @@ class Store(Protocol):
         """
         ...
 
-    def get_if_changed(self, key: str, tag: str) -> Fetched | None:
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (exclusive) of the object; fewer where it ends before."""
+        ...
+
+    def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         """The object if its tag is another than `tag`, else None.
 
         One request on S3; elsewhere one that asks for the tag, and one for the bytes if it changed.
+
+        Raises:
+            Corrupt: it has more than `max_bytes`; its bytes were not read.
         """
         ...
 
@@ -72,20 +80,35 @@ class Store(Protocol):
         """
         ...
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a large object under a name that is never reused."""
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
+        """Write a large object under a name that is never reused.
+
+        Args:
+            chunks: `size` bytes in all; read once, in order.
+        """
         ...
 
-    def read_parts(self, key: str, part_bytes: int) -> Iterator[bytes]:
-        """The object in order, in parts of `part_bytes` (the last may be shorter)."""
-        ...
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
+        """Every object below `prefix/` (empty: of the whole store), in key order, read afresh.
 
-    def list(self, prefix: str) -> list[Entry]:
-        """Every object below `prefix/` (empty: of the whole store), in key order, read afresh."""
+        Args:
+            after: a key; only those that sort after it.
+        """
         ...
 
     def delete(self, key: str) -> None:
         """Remove the object; removing an absent one is no error."""
+        ...
+
+    def sweep(self, prefix: str, older_than_s: float) -> int:
+        """Remove what killed writers left unfinished below `prefix/` (hidden files, multipart uploads).
+
+        Args:
+            older_than_s: by the store's own clock; younger ones may still be written.
+
+        Returns:
+            How many were removed.
+        """
         ...
 
 

@@ -163,11 +163,11 @@ class Slow(LocalStore):
         super().__init__(url)
         self.let, self.failure = threading.Event(), None
 
-    def put_stream(self, key, chunks):
+    def put_stream(self, key, chunks, size):
         assert self.let.wait(10)
         if self.failure:
             raise self.failure
-        super().put_stream(key, chunks)
+        super().put_stream(key, chunks, size)
 
 
 def test_writing_runs_behind_the_step_and_close_waits_for_it(store):

@@ -310,9 +310,9 @@ class CountingStore(LocalStore):
 
     listings = 0
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         self.listings += 1
-        return super().list(prefix)
+        return super().list(prefix, after)
 
 
 def test_the_store_is_looked_at_only_while_too_few_groups_wait(store, clock):
@@ -329,11 +329,11 @@ class Flaky(LocalStore):
     failures = 3
     retryable = True
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         if self.failures:
             self.failures -= 1
             raise StoreError("connection reset", op="list", retryable=self.retryable)
-        return super().list(prefix)
+        return super().list(prefix, after)
 
 
 def test_a_store_that_fails_for_a_while_is_waited_for_and_said_twice(store, clock, caplog):

@@ -212,13 +212,13 @@ class LosesListings(LocalStore):
 
     armed, asked, failures = False, 0, 0
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         if self.armed and prefix == LAYOUT.epochs:
             self.asked += 1
             if self.asked % 2:
                 self.failures += 1
                 raise StoreError("connection reset", op="list", key=prefix, retryable=True)
-        return super().list(prefix)
+        return super().list(prefix, after)
 
 
 def test_a_fence_check_that_the_store_does_not_answer_ends_nothing(config: Config, store: LocalStore, monkeypatch):
@@ -240,10 +240,10 @@ class SlowStore(LocalStore):
         super().__init__(url)
         self.let = threading.Event()
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         if "/data/" in key and version_of(key) != Version(1, 0):
             assert self.let.wait(60)
-        super().put_stream(key, chunks)
+        super().put_stream(key, chunks, size)
 
 
 def test_the_last_version_is_published_though_the_configuration_says_skip(

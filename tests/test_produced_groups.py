@@ -23,11 +23,11 @@ class CountingStore(LocalStore):
     down = False
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
         self.listings += 1
         if self.down:
             raise StoreError("connection reset", op="list", retryable=True)
-        entries = super().list(prefix)
+        entries = super().list(prefix, after)
         self.meanwhile()
         return entries
 

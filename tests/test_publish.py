@@ -259,10 +259,10 @@ class Gated(LocalStore):
         super().__init__(url)
         self.gate, self.waiting = threading.Event(), threading.Event()
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         self.waiting.set()
         assert self.gate.wait(TIMEOUT_S)
-        super().put_stream(key, chunks)
+        super().put_stream(key, chunks, size)
 
 
 class Flaky(LocalStore):
@@ -277,9 +277,9 @@ class Flaky(LocalStore):
             self.failed += 1
             raise StoreError("unreachable", op="put", retryable=True)
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         self._trip()
-        super().put_stream(key, chunks)
+        super().put_stream(key, chunks, size)
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
         if "/manifests/" in key and self.failed < 2 * self.failures:
@@ -353,10 +353,10 @@ def test_a_publisher_that_is_abandoned_waits_for_no_other_rank(tmp_path: Path, b
     class Watched(LocalStore):
         looked_for_records = threading.Event()
 
-        def list(self, prefix: str) -> list[Entry]:
+        def list(self, prefix: str, after: str = "") -> list[Entry]:
             if "/data/" in prefix:
                 self.looked_for_records.set()
-            return super().list(prefix)
+            return super().list(prefix, after)
 
     store = Watched(str(tmp_path / "store"))
     publisher = synthetic.open_publisher(store, base, rank=Rank(0, WORLD))
@@ -370,7 +370,7 @@ def test_a_publisher_that_is_abandoned_waits_for_no_other_rank(tmp_path: Path, b
 
 def test_a_lasting_error_of_the_store_ends_the_publisher_and_the_next_submit_says_so(tmp_path: Path, base: Path):
     class Full(LocalStore):
-        def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
             raise StoreError("no space left on the store", op="put", key=key)
 
     publisher = synthetic.open_publisher(Full(str(tmp_path)), base)

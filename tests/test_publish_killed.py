@@ -40,14 +40,14 @@ class Deadly(LocalStore):
         if self.moment == moment and "-000000000001" in key:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         def halved() -> Iterable[bytes | memoryview]:
             for number, chunk in enumerate(chunks):
                 if number == 20:
                     self._die_if("half a shard", key)
                 yield chunk
 
-        super().put_stream(key, halved())
+        super().put_stream(key, halved(), size)
         self._die_if("the shard", key)
 
     def put(self, key: str, content: bytes) -> None:

@@ -64,7 +64,7 @@ def write(store: Store, layout: Layout, checkpoint: Checkpoint) -> None:
     folder = layout.checkpoint(checkpoint.epoch, checkpoint.step)
     content = save(dict(checkpoint.tensors))
     name = f"state-{uuid.uuid4().hex[:12]}.safetensors"
-    store.put_stream(f"{folder}/{name}", [content])
+    store.put_stream(f"{folder}/{name}", [content], len(content))
     body = {
         "format": FORMAT,
         "epoch": checkpoint.epoch,
