@@ -7,7 +7,8 @@
     │   └── KeyMissing            exit 1   no such object; in mid-download: the version expired, look again
     ├── Fenced                    exit 3   another trainer owns a newer epoch: stop, do not retry
     ├── Corrupt                   exit 4   bytes that do not match their digest, header, shape or name set
-    │   └── WrongBase             exit 4   an adapter made for another base model
+    │   ├── WrongBase             exit 4   an adapter made for another base model
+    │   └── Untrusted             exit 4   a version that no trusted key signed
     ├── EngineError               exit 1   the serving engine died, refused a load or answered nonsense
     │   └── NotProven             exit 1   the engine loaded a version, and its canary disagrees
     └── NotConverged              exit 1   the program ran and its result misses its bound (demo, replay)
@@ -87,6 +88,10 @@ class Corrupt(LorasyncError):
 
 class WrongBase(Corrupt):
     """The adapter was made for another base model."""
+
+
+class Untrusted(Corrupt):
+    """No trusted key signed the version."""
 
 
 class EngineError(LorasyncError):
