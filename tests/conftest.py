@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import ceph_rgw
 import pytest
 from s3_server import S3Server, running
 
@@ -26,4 +27,11 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s3() -> Iterator[S3Server]:
     """A real S3 server on loopback, in a process of its own."""
     with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[ceph_rgw.CephRgw]:
+    """A Ceph RGW on loopback; for tests marked `ceph`."""
+    with ceph_rgw.running() as server:
         yield server
