@@ -10,11 +10,12 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
@@ -23,6 +24,7 @@ from shared.store import Entry, Fetched, check_key
 Result = TypeVar("Result")
 
 _TRANSIENT = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+_NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a symbolic link, a socket, a device without a driver
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -39,7 +41,7 @@ class LocalStore:
 
     def get(self, key: str, max_bytes: int | None = None) -> bytes:
         def read() -> bytes:
-            with self._path(key).open("rb") as file:
+            with self._open(key) as file:
                 if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
                     raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
                 return file.read()
@@ -48,14 +50,14 @@ class LocalStore:
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         def read() -> bytes:
-            with self._path(key).open("rb", buffering=0) as file:
+            with self._open(key) as file:
                 return os.pread(file.fileno(), end - start, start)
 
         return _translated("get", key, read)
 
     def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         def read() -> Fetched | None:
-            with self._path(key).open("rb") as file:
+            with self._open(key) as file:
                 status = os.fstat(file.fileno())
                 now = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
                 if now == tag:
@@ -82,7 +84,9 @@ class LocalStore:
             try:
                 path.hardlink_to(aside)
             except FileExistsError:
-                return path.read_bytes() == content
+                with contextlib.suppress(Corrupt), self._open(key) as file:
+                    return file.read(len(content) + 1) == content
+                return False
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
@@ -119,7 +123,7 @@ class LocalStore:
                     if key <= after:
                         continue
                     try:
-                        status = path.stat()
+                        status = path.lstat()
                     except FileNotFoundError:  # deleted between the listing and the stat
                         continue
                     found.append(Entry(key, status.st_size, status.st_mtime))
@@ -157,6 +161,29 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
+
+    def _open(self, key: str) -> BinaryIO:
+        """Open an object for reading: a regular file, at once.
+
+        A pipe would keep its reader waiting for ever, a device has no end, a link may lead anywhere.
+
+        Raises:
+            Corrupt: anything else stands under that name.
+        """
+        path = self._path(key)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise Corrupt("not a regular file", op="get", key=key) from error
+            raise
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise Corrupt("not a regular file", op="get", key=key)
 
     @staticmethod
     def _write_aside(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
