@@ -1,8 +1,10 @@
 """A directory as a store: local disks, NFS, Lustre, anything with atomic link and rename.
 
-Guards against: readers that see half a file (write aside, then link or rename), two winners of one name (`os.link`
-fails if the name exists, also on NFS), loss after power failure (file and directory are fsynced before the call
-returns). Temporary names start with a dot and are never listed.
+Guards against: readers that see half a file (write beside, then link or rename), two winners of one name (`os.link`
+fails if the name exists, also on NFS), loss after power failure (`shared.durable_files`). Temporary names start with a
+dot and are never listed.
+
+A removed object may be back after a power failure: whoever deletes looks again.
 """
 
 import contextlib
@@ -12,24 +14,36 @@ import re
 import shutil
 import stat
 import tempfile
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote
 
+from shared.durable_files import Directories, sync_directory, written_beside
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.store import Entry, Fetched, check_key
 
 Result = TypeVar("Result")
 
-_TRANSIENT = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
-_NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a symbolic link, a socket, a device without a driver
+_PASSING = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY, errno.ENOMEM}
+_PASSING |= {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+_HINTS = {
+    errno.ENOSPC: "Free room or lower retention",
+    errno.EDQUOT: "Free room, raise the quota or lower retention",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "Raise the machine's limit of open files (fs.file-max)",
+    errno.EIO: "Look at the disk, or at the file server (dmesg)",
+    errno.ESTALE: "The file changed on its server; the next try opens it anew",
+    errno.EROFS: "Mount it for writing; a disk that failed is remounted read-only",
+    errno.EACCES: "Check owner and mode",
+    errno.EPERM: "Check owner and mode",
+}
+_NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a symbolic link, a socket, a device that is not there
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LocalStore:
-    """See `shared.store.Store`."""
+    """See `shared.store.Store`. A full disk passes: somebody may free room."""
 
     def __init__(self, url: str) -> None:
         scheme = re.match(r"(file|local)://", url)
@@ -38,65 +52,54 @@ class LocalStore:
             raise UsageError("no path in the store URL", op="open store", key=url, hint="Write file:///path")
         self.root = Path(path).expanduser().absolute()
         self.url = self.root.as_uri()
+        self._directories = Directories(self.root)
 
     def get(self, key: str, max_bytes: int | None = None) -> bytes:
         def read() -> bytes:
-            with self._open(key) as file:
-                if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
-                    raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
-                return file.read()
+            with self._opened(key) as (descriptor, status):
+                _demand_at_most(max_bytes, status, key)
+                return _read(descriptor, 0, status.st_size)
 
         return _translated("get", key, read)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         def read() -> bytes:
-            with self._open(key) as file:
-                return os.pread(file.fileno(), end - start, start)
+            with self._opened(key) as (descriptor, status):
+                return _read(descriptor, start, min(end, status.st_size))
 
         return _translated("get", key, read)
 
     def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         def read() -> Fetched | None:
-            with self._open(key) as file:
-                status = os.fstat(file.fileno())
+            with self._opened(key) as (descriptor, status):
                 now = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
                 if now == tag:
                     return None
-                if max_bytes is not None and status.st_size > max_bytes:
-                    raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
-                return Fetched(file.read(), now)
+                _demand_at_most(max_bytes, status, key)
+                return Fetched(_read(descriptor, 0, status.st_size), now)
 
         return _translated("get", key, read)
 
     def put(self, key: str, content: bytes) -> None:
-        def write() -> None:
-            path = self._path(key)
-            aside = self._write_aside(path, [content])
-            aside.replace(path)
-            _sync_directory(path.parent)
-
-        _translated("put", key, write)
+        _translated("put", key, lambda: self._replace(self._path(key), [content]))
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
         def write() -> bool:
             path = self._path(key)
-            aside = self._write_aside(path, [content])
-            try:
-                path.hardlink_to(aside)
-            except FileExistsError:
-                with contextlib.suppress(Corrupt), self._open(key) as file:
-                    return file.read(len(content) + 1) == content
-                return False
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                hint = "Use a path on a file system with hard links, or an object store"
-                problem = "the file system has no hard links, so a commit could be overwritten"
-                raise StoreUnfit(problem, op="put if absent", key=key, hint=hint) from error
-            finally:
-                aside.unlink(missing_ok=True)
-            _sync_directory(path.parent)
-            return True
+            with written_beside(self._directories, path, [content]) as beside:
+                try:
+                    path.hardlink_to(beside)
+                    ours = True
+                except FileExistsError:
+                    ours = path.read_bytes() == content
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    hint = "Use a path on a file system with hard links, or an object store"
+                    problem = "the file system has no hard links, so a commit could be overwritten"
+                    raise StoreUnfit(problem, op="put if absent", key=key, hint=hint) from error
+            sync_directory(path.parent)  # also if it was there: an earlier try of ours may have failed just here
+            return ours
 
         return _translated("put if absent", key, write)
 
@@ -104,9 +107,7 @@ class LocalStore:
         def write() -> None:
             path = self._path(key)
             self._demand_room(size, key)
-            aside = self._write_aside(path, chunks)
-            aside.replace(path)
-            _sync_directory(path.parent)
+            self._replace(path, chunks)
 
         _translated("put", key, write)
 
@@ -115,10 +116,7 @@ class LocalStore:
             found = []
             for folder, folders, files in os.walk(self._path(prefix) if prefix else self.root, onerror=_unless_gone):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                for name in files:
-                    path = Path(folder) / name
-                    if name.startswith("."):
-                        continue
+                for path in (Path(folder) / name for name in files if not name.startswith(".")):
                     key = path.relative_to(self.root).as_posix()
                     if key <= after:
                         continue
@@ -126,26 +124,45 @@ class LocalStore:
                         status = path.lstat()
                     except FileNotFoundError:  # deleted between the listing and the stat
                         continue
-                    found.append(Entry(key, status.st_size, status.st_mtime))
+                    if stat.S_ISREG(status.st_mode):  # `get` would refuse anything else
+                        found.append(Entry(key, status.st_size, status.st_mtime))
             return sorted(found, key=lambda entry: entry.key)
 
         return _translated("list", prefix, walk)
 
     def delete(self, key: str) -> None:
-        _translated("delete", key, lambda: self._path(key).unlink(missing_ok=True))
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self._path(key).unlink()
+
+        _translated("delete", key, remove)
 
     def sweep(self, prefix: str, older_than_s: float) -> int:
+        """See `Store.sweep`; directories that have long been empty go too, and are not counted."""
+
         def remove() -> int:
-            removed = 0
-            for folder, _, files in os.walk(self._path(prefix), onerror=_unless_gone):
-                for path in (Path(folder) / name for name in files if name.startswith(".")):
-                    with contextlib.suppress(FileNotFoundError):
-                        if _now(Path(folder)) - path.stat().st_mtime > older_than_s:
+            top, removed = self._path(prefix), 0
+            if not top.is_dir():
+                return 0
+            newest = _now(top) - older_than_s
+            for folder, _, files in os.walk(top, topdown=False, onerror=_unless_gone):
+                place = Path(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    old = place.stat().st_mtime <= newest
+                    for path in (place / name for name in files if name.startswith(".")):
+                        if path.lstat().st_mtime <= newest:
                             path.unlink()
                             removed += 1
+                    if old and place != top:
+                        _remove_if_empty(place)
             return removed
 
         return _translated("sweep", prefix, remove)
+
+    def _replace(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        with written_beside(self._directories, path, chunks) as beside:
+            beside.replace(path)
+        sync_directory(path.parent)
 
     def _demand_room(self, size: int, key: str) -> None:
         """Check that a large object fits before writing it.
@@ -153,53 +170,55 @@ class LocalStore:
         Raises:
             StoreError: it does not.
         """
-        _make_directory(self.root)
+        self._directories.make(self.root)
         free = shutil.disk_usage(self.root).free
         if free < size:
             problem = f"{free >> 20} MiB free at {self.root}, {size >> 20} MiB needed"
-            raise StoreError(problem, op="put", key=key, hint="Free room or lower retention")
+            raise StoreError(problem, op="put", key=key, hint=_HINTS[errno.ENOSPC], retryable=True)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _open(self, key: str) -> BinaryIO:
-        """Open an object for reading: a regular file, at once.
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[int, os.stat_result]]:
+        """A descriptor to read an object by, and what it is: a regular file.
 
-        A pipe would keep its reader waiting for ever, a device has no end, a link may lead anywhere.
+        A pipe would keep its reader waiting for ever, a device has no end, a link leads out of the store.
 
         Raises:
             Corrupt: anything else stands under that name.
         """
-        path = self._path(key)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno in _NO_FILE:
                 raise Corrupt("not a regular file", op="get", key=key) from error
             raise
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISREG(mode):
-            return os.fdopen(descriptor, "rb")
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise Corrupt("not a regular file", op="get", key=key)
-
-    @staticmethod
-    def _write_aside(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
-        """Write chunks to a hidden file in the same directory and fsync it."""
-        _make_directory(path.parent)
-        aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
         try:
-            with aside.open("xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        return aside
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(status.st_mode):
+                raise Corrupt("not a regular file", op="get", key=key)
+            yield descriptor, status
+        finally:
+            os.close(descriptor)
+
+
+def _demand_at_most(max_bytes: int | None, status: os.stat_result, key: str) -> None:
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
+
+
+def _read(descriptor: int, start: int, end: int) -> bytes:
+    """Bytes `start` to `end`, or to the end of the file: one call may give less than was asked for."""
+    first = os.pread(descriptor, max(0, end - start), start)
+    if start + len(first) >= end or not first:
+        return first
+    whole = bytearray(first)
+    while more := os.pread(descriptor, end - start - len(whole), start + len(whole)):
+        whole += more
+    return bytes(whole)
 
 
 def _now(folder: Path) -> float:
@@ -214,37 +233,27 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
-def _make_directory(path: Path) -> None:
-    """Make a directory whose name survives a power failure, and its parents."""
-    if not path.is_dir():
-        _make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _remove_if_empty(folder: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
 def _translated(op: str, key: str, call: Callable[[], Result]) -> Result:
     """Run a call, letting out only the store's errors."""
     try:
         return call()
-    except FileNotFoundError as error:
-        raise KeyMissing("no such object", op=op, key=key) from error
-    except (IsADirectoryError, NotADirectoryError) as error:  # a key above or below an object's
-        missing = KeyMissing("no such object", op=op, key=key)
-        raise (missing if op == "get" else StoreError(str(error), op=op, key=key)) from error
-    except PermissionError as error:
-        raise StoreError(f"permission denied: {error.filename}", op=op, key=key, hint="Check owner and mode") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:  # or a key above or below an object's
+        if op == "get":
+            raise KeyMissing("no such object", op=op, key=key) from error
+        gone = isinstance(error, FileNotFoundError)  # a sweep was faster than this write
+        hint = "Try again" if gone else "An object's key cannot be the beginning of another's"
+        raise StoreError(f"{error.strerror or error}", op=op, key=key, hint=hint, retryable=gone) from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StoreError(
-                "no space left on the store", op=op, key=key, hint="Free room or lower retention"
-            ) from error
-        transient = error.errno in _TRANSIENT
-        raise StoreError(f"{error.strerror or error}", op=op, key=key, retryable=transient) from error
+        passing, hint = error.errno in _PASSING, _HINTS.get(error.errno or 0, "Look at the file system")
+        problem = f"{error.strerror or error}"
+        if error.filename and error.errno in (errno.EACCES, errno.EPERM):
+            problem += f": {os.fsdecode(error.filename)}"
+        raise StoreError(problem, op=op, key=key, hint=hint, retryable=passing) from error
