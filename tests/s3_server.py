@@ -3,8 +3,7 @@
     python -m tests.s3_server --port 5005 --bucket lorasync
 
 moto looks whether a key exists and writes it in two steps; here one lock surrounds both. Requests must be signed by
-the key and secret below. Three faults can be switched on: replies to writes that get lost after the write was done,
-requests refused for a while, and writes to certain keys that are held up and then dropped.
+the key and secret below. Faults can be switched on while it runs (tests/s3_faults.py).
 
 In tests, `running()` starts it as a process of its own and returns when it answers.
 """
@@ -13,29 +12,27 @@ import argparse
 import contextlib
 import hashlib
 import hmac
-import io
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import urlencode
 
 ACCESS_KEY, SECRET_KEY = "lorasync", "lorasync-secret"
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
-CONTROL = "/__control__"
+CONTROL = "/__control__"  # as in s3_faults
 
 Environ = dict[str, Any]
-StartResponse = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,10 @@ class S3Server:
         """How many writes are held up."""
         return int(self._control("") or 0)
 
+    def weather(self, **kinds: float) -> None:
+        """From now on let this befall every request: the fields of `s3_faults.Weather`. None of them: calm."""
+        self._control(urlencode({"weather": json.dumps(kinds)}))
+
     def _control(self, rule: str) -> bytes:
         with urllib.request.urlopen(f"{self.endpoint}{CONTROL}?{rule}", timeout=10) as answer:
             assert answer.status == 200
@@ -119,65 +120,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Faulty:
-    """WSGI: moto's S3 behind one lock for conditional writes, a check of the signature, and the three faults."""
-
-    def __init__(self, moto: Callable[[Environ, StartResponse], Iterable[bytes]]) -> None:
-        self._moto, self._lock = moto, threading.Lock()
-        self._left = {"lose": 0, "refuse": 0}
-        self._hold, self._held, self._changed = "", 0, threading.Condition()
-
-    def __call__(self, environ: Environ, start: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == CONTROL:
-            return self._rule(parse_qs(environ["QUERY_STRING"], keep_blank_values=True), start)
-        length = int(environ.get("CONTENT_LENGTH") or 0)
-        if environ.get("HTTP_TRANSFER_ENCODING", "") != "chunked":
-            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))  # outside the lock
-        if self._spend("refuse") or self._held_up(environ):
-            return _error(environ, start, "503 Service Unavailable", "ServiceUnavailable")
-        if refusal := _refusal(environ):
-            return _error(environ, start, "403 Forbidden", refusal)
-        if environ["REQUEST_METHOD"] not in ("PUT", "POST") or "HTTP_IF_NONE_MATCH" not in environ:
-            return self._moto(environ, start)
-        answers: list[tuple[Any, ...]] = []
-        with self._lock:
-            body = b"".join(self._moto(environ, lambda *answer: answers.append(answer)))
-        if self._spend("lose"):
-            return _error(environ, start, "500 Internal Server Error", "InternalError")
-        start(*answers[0])
-        return [body]
-
-    def _rule(self, rule: dict[str, list[str]], start: StartResponse) -> Iterable[bytes]:
-        """Change the faults; answers how many writes are held up."""
-        with self._changed:
-            for name, values in rule.items():
-                if name == "hold":
-                    self._hold = values[0]
-                    self._changed.notify_all()
-                else:
-                    self._left[name] = int(values[0])
-            body = str(self._held).encode()
-        start("200 OK", [("Content-Length", str(len(body)))])
-        return [body]
-
-    def _held_up(self, environ: Environ) -> bool:
-        """Wait while a write is held; whether it was, and is to be dropped."""
-        with self._changed:
-            if environ["REQUEST_METHOD"] != "PUT" or not self._hold or self._hold not in environ["PATH_INFO"]:
-                return False
-            self._held += 1
-            self._changed.wait_for(lambda: not self._hold)
-            self._held -= 1
-            return True
-
-    def _spend(self, fault: str) -> bool:
-        with self._lock:
-            if self._left[fault] <= 0:
-                return False
-            self._left[fault] -= 1
-            return True
-
-
 def _refusal(environ: Environ) -> str | None:
     """The error code for a request that our key did not sign, else None.
 
@@ -209,12 +151,6 @@ def _header(environ: Environ, name: str) -> str:
     return str(environ.get(variable if name in ("content-type", "content-length") else f"HTTP_{variable}", ""))
 
 
-def _error(environ: Environ, start: StartResponse, status: str, code: str) -> Iterable[bytes]:
-    body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
-    start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-
 def serve(port: int, bucket: str) -> None:
     """Serve until the process is stopped; the bucket exists from the start.
 
@@ -225,6 +161,7 @@ def serve(port: int, bucket: str) -> None:
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     from moto.s3.models import s3_backends
     from moto.server import DomainDispatcherApplication, create_backend_app
+    from s3_faults import Faulty
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):
@@ -234,7 +171,7 @@ def serve(port: int, bucket: str) -> None:
             pass
 
     s3_backends["123456789012"]["aws"].create_bucket(bucket, "us-east-1")
-    application = Faulty(DomainDispatcherApplication(create_backend_app))
+    application = Faulty(DomainDispatcherApplication(create_backend_app), _refusal)
     # By its descriptor, so werkzeug makes no socket of its own.
     server = make_server("127.0.0.1", port, application, threaded=True, request_handler=Quiet, fd=listener.fileno())
     server.serve_forever()
@@ -245,6 +182,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=5005)
     parser.add_argument("--bucket", default="lorasync")
     options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # where s3_faults is; not so under `python -m`
     print(
         f"S3 on http://127.0.0.1:{options.port}, bucket {options.bucket}. In the other terminal:\n"
         f"export AWS_ENDPOINT_URL=http://127.0.0.1:{options.port} AWS_ACCESS_KEY_ID={ACCESS_KEY} "
