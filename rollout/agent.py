@@ -122,7 +122,7 @@ class Agent:
             self._forget_engine()
         wanted: Version | None = None
         try:
-            wanted = self._wanted(self._watcher.look())
+            wanted = self._watcher.look(without=self.quarantined)
             if wanted != self._at_hand:  # what another version did is no reason to rest
                 self._at_hand, self._failures_in_a_row, self._rest_until = wanted, 0, 0.0
             action = decide(self._see(wanted))
@@ -151,12 +151,6 @@ class Agent:
         self._engine_gone = False
         self._loaded.clear()
         self._delivery.forget()
-
-    def _wanted(self, latest: Version | None) -> Version | None:
-        """The latest version that is not quarantined; the listing is only asked when the latest one is."""
-        if latest not in self.quarantined:
-            return latest
-        return max((v for v in self._catalog.versions() if v not in self.quarantined), default=None)
 
     def _see(self, wanted: Version | None) -> Seen:
         routed = self._router.routed.version if self._router.routed else None

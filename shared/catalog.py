@@ -47,9 +47,13 @@ class Catalog:
         except (Corrupt, KeyError, UsageError):
             return None, fetched.tag
 
-    def versions(self) -> list[Version]:
-        """Every committed version, ascending: one listing. A void is known by its size, which no manifest can have."""
-        entries = self.store.list(self.layout.manifests)
+    def versions(self, after: Version | None = None) -> list[Version]:
+        """Every committed version, ascending: one listing. A void is known by its size, which no manifest can have.
+
+        Args:
+            after: only those that are newer.
+        """
+        entries = self.store.list(self.layout.manifests, self.layout.manifest(after) if after else "")
         found = (version_of(entry.key) for entry in entries if entry.size != len(VOID))
         return sorted(version for version in found if version)
 
