@@ -1,4 +1,8 @@
-"""A store that fails for a while: said once when it begins and once when it is over, every failure counted."""
+"""A store that fails for a while: said once when it begins and once when it is over, every failure counted.
+
+A store that answers every other request is one outage, not a hundred: it is over at the first answer that comes QUIET_S
+or more after the last failure. What a full disk refuses is an outage too (`retryable`): room returns.
+"""
 
 import logging
 import time
@@ -8,6 +12,8 @@ from shared.errors import StoreError
 
 log = logging.getLogger(__name__)
 
+QUIET_S = 10.0
+
 
 class Outage:
     """What one caller sees of the store; `failures` counts the calls that failed over its whole life."""
@@ -16,6 +22,8 @@ class Outage:
         self._caller, self._clock = caller, clock
         self.failures = 0
         self._began_at: float | None = None
+        self._failed_at = 0.0
+        self._before = 0  # failures before this outage
 
     def failed(self, error: StoreError) -> None:
         """Count a failure that will be tried again.
@@ -25,13 +33,20 @@ class Outage:
         """
         if not error.retryable:
             raise error
-        self.failures += 1
+        self._failed_at = self._clock()
         if self._began_at is None:
-            self._began_at = self._clock()
+            self._began_at, self._before = self._failed_at, self.failures
             log.warning("%s: the store fails, trying again until it answers: %s", self._caller, error)
+        self.failures += 1
 
     def answered(self) -> None:
         """Note that the store answers."""
+        if self._clock() - self._failed_at >= QUIET_S:
+            self.over()
+
+    def over(self) -> None:
+        """Say that the outage is over, if there is one: the store answered, and the caller has no more to ask."""
         if self._began_at is not None:
-            seconds, self._began_at = self._clock() - self._began_at, None
-            log.warning("%s: the store answers again seconds=%.1f failures=%d", self._caller, seconds, self.failures)
+            seconds, failures = self._failed_at - self._began_at, self.failures - self._before
+            self._began_at = None
+            log.warning("%s: the store answers again seconds=%.1f failures=%d", self._caller, seconds, failures)

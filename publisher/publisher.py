@@ -9,12 +9,14 @@
 What the step pays for: what it hands over (one forward pass for the canary, if it makes one), one copy of the adapter
 to host memory, and, when the queue of `queue_versions` is full because the store is slow, either the wait for a place
 ("wait") or nothing, and the version is not published ("skip"). Which of the two is the configuration's choice; both are
-logged and counted. A store that fails for a while is tried again until it answers; being fenced, or an adapter that is
-not whole or not finite, ends the publisher, and the next call says so.
+logged and counted. A store that fails for a while, or whose disk is full, is tried again until it answers; meanwhile
+`queue_versions` + 2 copies are held at most (in flight, queued, waiting for a place). Being fenced, wrong credentials,
+and an adapter that is not whole or not finite end the publisher, and the next call says so.
 """
 
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ALIAS_FROM_BYTES = 64 << 20  # below this a lone rank writes each name out, so that the stored version is plain PEFT
-RETRY_WAIT_S = 1.0
+RETRY_WAIT_S = 1.0  # on average, after a call that the store's own retries could not save
 RECORD_POLL_S = 0.1
 
 
@@ -83,12 +85,13 @@ class Publisher:
         record_timeout_s: float = 300.0,
         on_published: Callable[[Published], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
     ) -> None:
         self._store, self._layout, self._claim, self._rank = store, layout, claim, rank
         self._lora, self._parallel, self._on_published = lora, dict(parallel), on_published
         self._expected = expected_tensors(read_base_config(base_path), lora.targets, lora.rank)
         self._order = {name: position for position, name in enumerate(self._expected)}
-        self._base, self._clock = base, clock
+        self._base, self._clock, self._rng = base, clock, rng or random.Random()
         self._base_name = str(base_path).rstrip("/").rsplit("/", 1)[-1]
         self._parent = Parent(parent.version, parent.digest) if parent else None
         self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
@@ -182,6 +185,7 @@ class Publisher:
         self._thread.join()
         if not abandon:
             self.check()
+            self._outage.over()
 
     def check(self) -> None:
         """Raise what ended an earlier publication, if anything did."""
@@ -213,16 +217,7 @@ class Publisher:
         self._until_store_answers(
             lambda: put_shard(self._store, self._layout, self._claim, heading, self._rank, pieces, alias_of)
         )
-        deadline = time.monotonic() + self._record_timeout_s
-        while True:
-            manifest = self._until_store_answers(
-                lambda: commit(self._store, self._layout, self._claim, heading, world, self._expected)
-            )
-            if manifest is not None:
-                break
-            if time.monotonic() > deadline or self._stopping.is_set():
-                raise self._ranks_missing(heading.version)
-            self._stopping.wait(RECORD_POLL_S)
+        manifest = self._commit(heading)
         self._parent = Parent(manifest.version, manifest.digest)
         seconds = time.monotonic() - started
         log.info(
@@ -235,6 +230,21 @@ class Publisher:
         )
         self._on_published(Published(manifest.version, manifest.size, job.copy_s, job.wait_s, seconds))
 
+    def _commit(self, heading: Heading) -> Manifest:
+        """Commit when every rank's record is there. An outage is no rank's fault: the time for records begins anew."""
+        world, failures, deadline = self._rank.world, -1, 0.0
+        while True:
+            manifest = self._until_store_answers(
+                lambda: commit(self._store, self._layout, self._claim, heading, world, self._expected)
+            )
+            if manifest is not None:
+                return manifest
+            if failures != self._outage.failures:
+                failures, deadline = self._outage.failures, time.monotonic() + self._record_timeout_s
+            if time.monotonic() > deadline or self._stopping.is_set():
+                raise self._ranks_missing(heading.version)
+            self._stopping.wait(RECORD_POLL_S)
+
     def _until_store_answers(self, call: Callable[[], Result]) -> Result:
         while True:
             try:
@@ -243,7 +253,7 @@ class Publisher:
                 self._outage.failed(error)
                 if self._stopping.is_set():
                     raise
-                self._stopping.wait(RETRY_WAIT_S)
+                self._stopping.wait(RETRY_WAIT_S * self._rng.uniform(0.5, 1.5))
             else:
                 self._outage.answered()
                 return result

@@ -69,7 +69,7 @@ class ProgressHint:
                     raise
                 self._wait(RETRY_WAIT_S)
             else:
-                outage.answered()
+                outage.over()
                 return
 
     def close(self) -> None:
