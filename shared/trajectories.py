@@ -3,9 +3,10 @@
 A file holds whole groups (all completions of a prompt), so a group is never split between takers. Log-probabilities
 are the behaviour policy's, in nats, one per generated token; the version that made every token stands beside it.
 
-`decode` trusts nothing: names, types and sizes are checked in the footer before a column is read (1 kB of Parquet may
-hold 50 million equal tokens), nulls and lengths before a row becomes a `Sample`. Columns that it does not know are
-ignored. Does not: judge values; which groups are fit to train on is the taker's rule.
+`decode` trusts nothing: names, types and sizes are checked before a column is read (1 kB of Parquet may hold 50 million
+equal tokens, and its footer may say that it holds ten), nulls and lengths before a row becomes a `Sample`. Columns that
+it does not know are ignored. Memory: at most 1.5 GiB, where every column is filled to its limit.
+Does not: judge values; which groups are fit to train on is the taker's rule.
 """
 
 import io
@@ -17,13 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.errors import Corrupt
+from shared import parquet_pages
+from shared.errors import Corrupt, UsageError
 from shared.versions import Version
 
-MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20  # and of one column, decompressed
+MAX_FOOTER_BYTES = 256 << 10  # unfolds to 200 times as much
 MAX_ROWS = 1 << 16
-MAX_VALUES = 1 << 24  # of one column, over all rows
+MAX_VALUES = 1 << 22  # of one column, over all rows: 64 completions of 65,536 tokens
+MAX_PAGES = 1 << 14
 MAX_TEXT_BYTES = 1 << 10  # of one name
+ROWS_AT_ONCE = 8
 
 SCHEMA = pa.schema(
     [
@@ -64,7 +69,16 @@ class Sample:
 
 
 def encode(samples: Sequence[Sample]) -> bytes:
-    """Parquet bytes of samples, in order."""
+    """Parquet bytes of samples, in order.
+
+    Raises:
+        UsageError: more tokens or rows than `decode` takes.
+    """
+    tokens = max(sum(len(s.tokens) for s in samples), sum(len(s.prompt_tokens) for s in samples))
+    if tokens > MAX_VALUES or len(samples) > MAX_ROWS:
+        problem = f"{len(samples)} completions of {tokens} tokens, more than {MAX_ROWS} of {MAX_VALUES}"
+        hint = "Lower rollout.groups_per_request or train.group_size"
+        raise UsageError(problem, op="write trajectories", hint=hint)
     rows = [
         {
             "group": s.group,
@@ -93,41 +107,68 @@ def decode(content: bytes, *, key: str) -> list[Sample]:
             the limits; no tokens, or lists of unequal lengths in a row.
     """
     try:
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"{len(content)} bytes, more than the {MAX_FILE_BYTES} allowed")
-        _demand_readable(pq.ParquetFile(pa.BufferReader(content)))
+        _demand_readable(content)
+        # Texts stay dictionaries: a long one that is repeated in every row is refused before it is repeated.
         texts = [field.name for field in SCHEMA if field.type == pa.string()]
-        table = pq.read_table(pa.BufferReader(content), columns=SCHEMA.names, read_dictionary=texts)
+        table = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts).read(columns=SCHEMA.names)
         _demand_whole(table)
-        return [_sample(row) for row in table.to_pylist()]
-    except (pa.ArrowException, TypeError, ValueError, OSError) as error:
+        versions: dict[Version, Version] = {}
+        batches = table.select(SCHEMA.names).to_batches(max_chunksize=ROWS_AT_ONCE)
+        return [_sample(row, versions) for batch in batches for row in batch.to_pylist()]
+    except (pa.ArrowException, LookupError, TypeError, ValueError, OSError) as error:
         raise Corrupt(f"not a trajectory file: {error}", op="read trajectories", key=key) from error
 
 
-def _demand_readable(file: Any) -> None:
-    """Check a pq.ParquetFile's footer: our columns, and no more than the limits.
+def _demand_readable(content: bytes) -> None:
+    """Check that a file holds our columns and no more than the limits, before anything of it is decompressed.
 
     Raises:
         ValueError: says which column.
     """
-    schema, footer = file.schema_arrow, file.metadata
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{len(content)} bytes, more than the {MAX_FILE_BYTES} allowed")
+    if (footer_bytes := parquet_pages.footer_bytes(content)) > MAX_FOOTER_BYTES:
+        raise ValueError(f"a footer of {footer_bytes} bytes, more than the {MAX_FOOTER_BYTES} allowed")
+    file = pq.ParquetFile(pa.BufferReader(content))
     for field in SCHEMA:
-        found = [other.type for other in schema if other.name == field.name]
+        found = [other.type for other in file.schema_arrow if other.name == field.name]
         if found != [field.type]:
             said = ", ".join(map(str, found)) or "missing"
             raise ValueError(f"column {field.name} must be {field.type}, is {said}")
+    _demand_bounded(content, file.metadata)
+
+
+def _demand_bounded(content: bytes, footer: Any) -> None:
+    """Check rows, pages, values and decompressed sizes against the limits, by the pages themselves.
+
+    Raises:
+        ValueError: says which column, or that the footer tells otherwise than the pages.
+    """
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if sum(rows) != footer.num_rows or any(count < 0 for count in rows):
+        raise ValueError("rows that do not add up")
     if footer.num_rows > MAX_ROWS:
         raise ValueError(f"{footer.num_rows} rows, more than the {MAX_ROWS} allowed")
-    values, sizes = dict.fromkeys(SCHEMA.names, 0), dict.fromkeys(SCHEMA.names, 0)
-    for group in map(footer.row_group, range(footer.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            name = column.path_in_schema.split(".")[0]
-            if name in values:
-                values[name] += column.num_values
-                sizes[name] += column.total_uncompressed_size
-    for name in values:
-        if values[name] > MAX_VALUES or sizes[name] > MAX_FILE_BYTES:
-            raise ValueError(f"{values[name]} values in {sizes[name]} bytes of column {name}, more than allowed")
+    pages, values, sizes = 0, dict.fromkeys(SCHEMA.names, 0), dict.fromkeys(SCHEMA.names, 0)
+    # By their number, for that is how they are read: the path that a chunk says of itself is one more claim.
+    names = [footer.schema.column(number).path.split(".")[0] for number in range(footer.num_columns)]
+    for group in groups:
+        for number, name in enumerate(names):
+            chunk = group.column(number)
+            if name not in values or chunk.num_values == 0:  # not read; without rows its offsets mean nothing
+                continue
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
+                start = chunk.dictionary_page_offset
+            found = parquet_pages.walk(content, start, chunk.total_compressed_size, max_pages=MAX_PAGES - pages)
+            if found.values != chunk.num_values:
+                raise ValueError(f"{found.values} values in column {name}, its footer says {chunk.num_values}")
+            pages += found.count
+            values[name] += found.values
+            sizes[name] += found.bytes
+            if values[name] > MAX_VALUES or sizes[name] > MAX_FILE_BYTES:
+                raise ValueError(f"{values[name]} values in {sizes[name]} bytes of column {name}, more than allowed")
 
 
 def _demand_whole(table: pa.Table) -> None:
@@ -154,14 +195,16 @@ def _demand_whole(table: pa.Table) -> None:
             raise ValueError(f"lists of tokens and {name} of unequal lengths")
 
 
-def _sample(row: dict[str, Any]) -> Sample:
+def _sample(row: dict[str, Any], versions: dict[Version, Version]) -> Sample:
+    """A row as a `Sample`. Equal versions become one object: most tokens of a file share a few."""
+    made_by = map(Version, row["token_epochs"], row["token_numbers"])
     return Sample(
         group=row["group"],
         prompt_id=row["prompt_id"],
         prompt_tokens=tuple(row["prompt_tokens"]),
         tokens=tuple(row["tokens"]),
         logprobs=tuple(row["logprobs"]),
-        token_versions=tuple(map(Version, row["token_epochs"], row["token_numbers"])),
+        token_versions=tuple(versions.setdefault(version, version) for version in made_by),
         reward=row["reward"],
         finished=row["finished"],
         node=row["node"],
