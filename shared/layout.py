@@ -7,7 +7,7 @@
 {adapter}/manifests/{epoch:08d}-{number:012d}.json                       THE commit
 {adapter}/fates/{epoch}-{number}/{n:06d}.json                            pinned, unpinned, collected: a log, n from 1
 {adapter}/rollbacks/{epoch}-{number}/{epoch}-{number}.json               the second version uses the first one's data
-{adapter}/leases/{holder}.json                                           overwritten: versions that a reader is using
+{adapter}/leases/{holder}-{n:06d}.json                                   overwritten: versions that a reader is using
 {adapter}/LATEST                                                         overwritten hint
 {adapter}/trainer.json                                                   overwritten hint: the trainer's progress
 {adapter}/receipts/{epoch}-{number}/{node}.json                          a node serves the version, proven
@@ -80,14 +80,15 @@ class Layout:
         return f"{self.adapter}/rollbacks"
 
     def rollback(self, source: Version, version: Version) -> str:
+        """The marker that `version` uses the data of `source`."""
         return f"{self.rollbacks}/{stem(source)}/{stem(version)}.json"
 
     @property
     def leases(self) -> str:
         return f"{self.adapter}/leases"
 
-    def lease(self, holder: str) -> str:
-        return f"{self.leases}/{holder}.json"
+    def lease(self, holder: str, n: int) -> str:
+        return f"{self.leases}/{holder}-{n:06d}.json"
 
     @property
     def latest(self) -> str:
@@ -155,3 +156,10 @@ def version_of(key: str) -> Version | None:
         if match:
             return Version(int(match[1]), int(match[2]))
     return None
+
+
+def rollback_of(key: str) -> tuple[Version, Version] | None:
+    """(source, version) of a key below rollbacks/; None for a key of another form."""
+    source, last = version_of(key), key.rsplit("/", 1)[-1]
+    match = _STEM.fullmatch(last.removesuffix(".json"))
+    return (source, Version(int(match[1]), int(match[2]))) if source and match else None
