@@ -49,6 +49,22 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Fa
     )
 
 
+def add_sign_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --sign-key, for commands that commit versions; it wins over store.sign_key."""
+    parser.add_argument("--sign-key", type=_named, metavar="KEY", help="sign versions with this ed25519 key (PEM)")
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --trust, for commands that read versions; it wins over store.trust."""
+    parser.add_argument(
+        "--trust",
+        type=_named,
+        action="append",
+        metavar="PUB",
+        help="refuse versions that no trusted key signed: a PEM file, a directory of them or hex; may be repeated",
+    )
+
+
 def read_config(
     options: argparse.Namespace,
     flags: Mapping[str, Any] | None = None,
@@ -99,7 +115,12 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
     mapping = config.read_toml(Path(options.config)) if options.config else {}
     settings = dict(_split(text, "--set") for text in options.settings)
     mapping = config.override(mapping, {key: typed(key, text) for key, text in settings.items()})
-    flags = {"store.url": options.store, "store.adapter": options.adapter}
+    flags = {
+        "store.url": options.store,
+        "store.adapter": options.adapter,
+        "store.sign_key": getattr(options, "sign_key", None),
+        "store.trust": getattr(options, "trust", None),
+    }
     mapping = config.override(mapping, {key: value for key, value in flags.items() if value is not None})
     extra = {f"store.options.{key}": value for key, value in store_options(options).items()}
     return config.override(mapping, extra)
@@ -135,6 +156,13 @@ def typed(dotted: str, text: str) -> Any:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return parts if item is str else [_toml(part, otherwise=part) for part in parts]
     return _toml(text, otherwise=text)
+
+
+def _named(text: str) -> str:
+    """A flag's text. An empty one is a shell variable that was never set: without a key, nothing would be checked."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def _split(text: str, flag: str) -> tuple[str, str]:

@@ -49,13 +49,22 @@ def _above(low: float, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Where versions live. `options` go to the fsspec filesystem as they are (endpoint_url, key, secret, ...)."""
+    """Where versions live. `options` go to the fsspec filesystem as they are (endpoint_url, key, secret, ...).
+
+    Attributes:
+        client: what speaks to an object store: the scheme's fsspec package, or obstore, which may be faster.
+        sign_key: the private key's file, with which the trainer signs versions; empty: it does not.
+        trust: public keys (files, directories, hex digits): a reader refuses what none of them signed; empty: nothing.
+    """
 
     url: str
     adapter: str = "policy"
+    client: Literal["fsspec", "obstore"] = "fsspec"
     options: Mapping[str, Any] = field(default_factory=dict)
     poll_interval_s: float = _above(0, 1.0)
     list_interval_s: float = _at_least(0, 30.0)
+    sign_key: str = ""
+    trust: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class RolloutConfig:
     groups_per_request: int = _at_least(1, 8)
     max_concurrent_groups: int = _at_least(1, 32)
     heldout_limit: int = _at_least(0, 512)
+    hint_interval_s: float = _above(0, 10.0)
     quarantine_after: int = _at_least(1, 3)
     seed: int = 0
 
