@@ -11,6 +11,7 @@ comes back to the latest version.
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from shared.stores import open_store, probe
 
 log = logging.getLogger(__name__)
 
-HINT_INTERVAL_S = 2.0
 SUPERVISE_INTERVAL_S = 0.5
 RESTART_WAIT_S = 2.0
 
@@ -54,7 +54,7 @@ class Node:
     ) -> None:
         self._config, self._clock = config, clock
         self._supervisor = Supervisor(server) if server is not None else None
-        store = open_store(config.store.url, config.store.options)
+        store = open_store(config.store.url, config.store.options, config.store.client)
         self._catalog = Catalog(store, config.store.adapter)
         probe(store, self._catalog.layout.probes)
         check_layout(store, self._catalog.layout)
@@ -89,7 +89,7 @@ class Node:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         record_run(self._catalog, config)
-        self._hint = NodeHint(self._catalog, config.rollout.node, clock=clock)
+        self._hint = NodeHint(self._catalog, config.rollout.node, renew_s=config.rollout.hint_interval_s, clock=clock)
         self._hint.claim()
         self._hint_failing = False
 
@@ -141,17 +141,17 @@ class Node:
             self._watcher.wait()
 
     def _supervise(self) -> None:
-        """Keep the engine alive, if it is ours, and the hint fresh."""
-        told_at, told = 0.0, ""
+        """Keep the engine alive, if it is ours, and the hint fresh: renewed on a change, and now and then without."""
+        told_at, told = -math.inf, self._changing()
         while not self._stopping.wait(SUPERVISE_INTERVAL_S):
             routed = self._router.routed
             if self._supervisor is not None and (failure := self._supervisor.failure(serving=routed is not None)):
                 self._restart(self._supervisor, failure)
                 continue
-            serving = str(routed.version) if routed else ""
-            if serving != told or time.monotonic() - told_at > HINT_INTERVAL_S:
+            changing = self._changing()
+            if changing != told or time.monotonic() - told_at >= self._config.rollout.hint_interval_s:
                 self._tell("serving" if routed else "starting")
-                told_at, told = time.monotonic(), serving
+                told_at, told = time.monotonic(), changing
 
     def _restart(self, supervisor: Supervisor, failure: str) -> None:
         log.warning("engine %s, starting it again", failure)
@@ -160,6 +160,11 @@ class Node:
         if not self._stopping.wait(RESTART_WAIT_S):
             supervisor.restart(self._stopping.is_set)
             self._watcher.wake()
+
+    def _changing(self) -> tuple[object, ...]:
+        """Of the hint, what is worth a write at once; counters wait for the next one."""
+        routed, health = self._router.routed, self._agent.health
+        return (routed and routed.version, health.last_error, health.reloads, self._agent.quarantined)
 
     def _tell(self, state: str) -> None:
         """Renew the node's hint; a store that refuses it costs nothing but the hint.

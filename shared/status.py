@@ -6,6 +6,7 @@ the age of the first of them.
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,18 @@ from shared.catalog import Catalog
 from shared.errors import Corrupt, KeyMissing, UsageError
 from shared.versions import Version
 
+SILENT_AFTER_S = 60.0
+SILENT_RENEWALS = 3  # missed, of a node that renews its hint more seldom
+
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """One node. `silent_s` is the age of its hint; lags are None while it serves nothing."""
+    """One node, as its hint tells it. Lags are None while it serves nothing.
+
+    Attributes:
+        silent_s: the hint's age. A living node's grows to `renew_s` (rollout.hint_interval_s) and no further.
+        silent: whether it is so old that the node must be dead, hung, or cut off from the store.
+    """
 
     node: str
     state: str
@@ -26,11 +35,16 @@ class NodeStatus:
     lag_s: float | None
     served_since: float | None
     silent_s: float | None
+    renew_s: float | None
     failures: int
     quarantined: tuple[str, ...]
 
+    @property
+    def silent(self) -> bool:
+        return self.silent_s is not None and self.silent_s >= max(SILENT_AFTER_S, SILENT_RENEWALS * (self.renew_s or 0))
+
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "version": str(self.version) if self.version else None}
+        return {**self.__dict__, "version": str(self.version) if self.version else None, "silent": self.silent}
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class StatusReader:
     def _node(self, hint: Mapping[str, Any], versions: list[Version]) -> NodeStatus:
         version, updated = _version(hint.get("version")), number(hint.get("updated_at"))
         quarantined = hint.get("quarantined")
-        missed = [other for other in versions if version and other > version]
+        missed = versions[bisect_right(versions, version) :] if version else []
         return NodeStatus(
             node=str(hint.get("node")),
             state=str(hint.get("state", "unknown")),
@@ -85,6 +99,7 @@ class StatusReader:
             lag_s=self._age(missed[0]) if missed else 0.0 if version else None,
             served_since=number(hint.get("served_since")),
             silent_s=self._clock() - updated if updated is not None else None,
+            renew_s=number(hint.get("renew_s")),
             failures=int(number(hint.get("failures")) or 0),
             quarantined=tuple(str(item) for item in quarantined) if isinstance(quarantined, list) else (),
         )

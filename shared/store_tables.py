@@ -10,8 +10,6 @@ from rich.text import Text
 
 from shared.status import Status, number
 
-SILENT_AFTER_S = 60.0
-
 
 def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a version."""
@@ -29,8 +27,7 @@ def shown(status: Status) -> RenderableType:
     """A status as rich shows it."""
     table = Table("node", "serves", "versions behind", "state", "since", box=None)
     for node in status.nodes:
-        silent = node.silent_s is not None and node.silent_s >= SILENT_AFTER_S
-        notes = [node.state, f"silent {node.silent_s:.0f} s" if silent else ""]
+        notes = [node.state, f"silent {node.silent_s:.0f} s" if node.silent else ""]
         notes += [f"{node.failures} failures" if node.failures else "", *(f"{v} quarantined" for v in node.quarantined)]
         late = f" ({node.lag_s:.1f} s)" if node.lag_s else ""
         table.add_row(

@@ -5,29 +5,35 @@ from typing import Any
 
 import pytest
 
-from rollout.node_hint import LOOK_FOR_S, NodeHint
+from rollout.node_hint import LATE_S, NodeHint
 from shared.catalog import Catalog
 from shared.errors import UsageError
+from shared.status import StatusReader
 from shared.stores import open_store
+
+RENEW_S = 10.0
 
 
 class Host:
-    """Time passes only by sleeping, and other nodes renew their hints meanwhile."""
+    """Time passes only by sleeping, and other nodes renew their hints meanwhile, each when it is due."""
 
     def __init__(self, folder: Path) -> None:
         self.catalog = Catalog(open_store(str(folder)), "policy")
         self.now, self.alive = 1000.0, list[NodeHint]()
+        self.told_at = self.now
 
     def node(self, name: str = "gpu-7") -> NodeHint:
-        return NodeHint(self.catalog, name, clock=lambda: self.now, sleep=self.sleep)
+        return NodeHint(self.catalog, name, renew_s=RENEW_S, clock=lambda: self.now, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
-        for hint in self.alive:
-            self.tell(hint)
+        if self.now - self.told_at >= RENEW_S:
+            for hint in self.alive:
+                self.tell(hint)
 
     def tell(self, hint: NodeHint, state: str = "serving") -> None:
         hint.tell({"node": "gpu-7", "updated_at": self.now, "state": state})
+        self.told_at = self.now
 
     @property
     def standing(self) -> dict[str, Any]:
@@ -49,13 +55,29 @@ def test_a_second_node_of_a_living_nodes_name_is_refused(host: Host) -> None:
     host.node("gpu-8").claim()
 
 
-def test_a_killed_nodes_name_is_free_after_a_look(host: Host) -> None:
+@pytest.mark.parametrize("killed_for_s", [0.0, 4.0, 12.0])
+def test_a_killed_nodes_name_is_free_when_it_would_have_renewed_its_hint(host: Host, killed_for_s: float) -> None:
     host.node().claim()
+    host.now += killed_for_s
     before = host.now
     second = host.node()
     second.claim()
-    assert host.now - before == pytest.approx(LOOK_FOR_S)
+    assert host.now - before == pytest.approx(max(0.0, RENEW_S - killed_for_s) + LATE_S)
     host.tell(second)
+
+
+def test_a_nodes_silence_is_told_when_it_missed_renewals_and_not_between_two(host: Host) -> None:
+    host.node().claim()
+    reader = StatusReader(host.catalog, clock=lambda: host.now)
+    for later_s, silent in ((RENEW_S, False), (50.0, False), (60.0, True)):
+        host.now += later_s
+        [node] = reader.read().nodes
+        assert (node.silent, node.renew_s) == (silent, RENEW_S)
+        host.now -= later_s
+    seldom = NodeHint(host.catalog, "gpu-8", renew_s=100.0, clock=lambda: host.now)
+    seldom.claim()
+    host.now += 150.0
+    assert [node.silent for node in reader.read().nodes] == [True, False]
 
 
 @pytest.mark.parametrize(("state", "later_s"), [("stopped", 0.0), ("serving", 60.0)])

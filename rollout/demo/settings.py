@@ -56,6 +56,7 @@ def main_config(options: DemoOptions) -> Config:
             seed=options.seed,
             max_lora_rank=8,
             max_model_len=128,
+            hint_interval_s=2.0,
         ),
     )
 
