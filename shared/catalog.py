@@ -5,7 +5,7 @@ stalled trainer of a lower epoch wakes up, even step back. A listing neither lag
 deleted; whoever follows the hint keeps the highest version it has seen, and lists now and then (rollout/watch.py).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared import strict_json
 from shared.errors import Corrupt, KeyMissing, UsageError
@@ -14,14 +14,21 @@ from shared.manifest import MAX_MANIFEST_BYTES, VOID, Manifest
 from shared.store import Store
 from shared.versions import Version
 
+if TYPE_CHECKING:
+    from shared.signing import Trust
+
 MAX_HINT_BYTES = 100_000
 
 
 class Catalog:
-    """Reads one adapter's versions. Keeps no state but the hint's tag; every method may be called from any thread."""
+    """Reads one adapter's versions. Keeps no state; every method may be called from any thread.
 
-    def __init__(self, store: Store, adapter: str) -> None:
-        self.store, self.layout = store, Layout(adapter)
+    Args:
+        trust: refuse every manifest that none of these keys signed; None: take who can write to the store at its word.
+    """
+
+    def __init__(self, store: Store, adapter: str, trust: "Trust | None" = None) -> None:
+        self.store, self.layout, self._trust = store, Layout(adapter), trust
 
     def hint(self, tag: str = "") -> tuple[Version | None, str] | None:
         """What LATEST says: one conditional read.
@@ -68,6 +75,7 @@ class Catalog:
         Raises:
             KeyMissing: no such version (never committed, or expired).
             Corrupt: the manifest, or one that stands under another version's name.
+            Untrusted: no trusted key signed it.
         """
         key = self.layout.manifest(version)
         content = self.store.get(key, MAX_MANIFEST_BYTES)
@@ -77,6 +85,8 @@ class Catalog:
         if (manifest.adapter, manifest.version) != (self.layout.adapter, version):
             problem = f"names {manifest.adapter}@{manifest.version}"
             raise Corrupt(problem, op="read manifest", key=key, version=str(version))
+        if self._trust is not None:
+            self._trust.demand_signed(manifest, key=key)
         return manifest
 
     def resolve(self, text: str) -> Version:
