@@ -5,7 +5,7 @@ import json
 import warnings
 from typing import Any
 
-from shared.arguments import add_config_arguments, read_config
+from shared.arguments import add_config_arguments, add_sign_argument, read_config
 from shared.stores import demand_shared
 
 
@@ -18,6 +18,7 @@ def add_train(subparsers: Any) -> None:
         "newest checkpoint where there is one. This release trains on one rank.",
     )
     add_config_arguments(parser)
+    add_sign_argument(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="instead of [train] steps")
     parser.add_argument("--frozen", action="store_true", help="negative control: publish nothing after version 0")
     parser.add_argument("--json", action="store_true", help="print the final progress as JSON")
