@@ -3,39 +3,49 @@
     rank r:  put data/{version}/{attempt}/rank-r.safetensors      durable before ...
              put data/{version}/{attempt}/rank-r.json             ... its record says so
              list the records; all of them there?  build the manifest from them, put it if absent
+             (rank 0 at once, the others only if it has not done so within a grace)
              overwrite LATEST
 
 The manifest is a function of the records and of what every rank knows alike (rank 0's record carries the rest: training
 metrics and canary), so several ranks may race to put it: they write the same bytes.
-A death before the manifest leaves an attempt that no reader sees. A death after it leaves a stale LATEST, which the
-readers' listing makes good.
+A death before the manifest leaves an attempt that no reader sees, and that the collector (`publisher.collect`) voids
+in the end: who comes to commit it after that is told so. A death after it leaves a stale LATEST, which the readers'
+listing makes good.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from publisher.epochs import Claim, demand_unfenced
-from publisher.shard import EncodedSlice, digest, shard_bytes, shard_chunks
-from shared import strict_json
+from publisher.shard import EncodedShard
+from shared import strict_json, tensor_table
 from shared.base_model import BaseIdentity
 from shared.coverage import demand_complete
-from shared.errors import Corrupt, Fenced
+from shared.errors import Corrupt, Fenced, KeyMissing, StoreError, UsageError
 from shared.layout import Layout
 from shared.manifest import (
     MAX_MANIFEST_BYTES,
+    VOID,
     Canary,
     LoraShape,
     Manifest,
     Parent,
     Shard,
-    Slice,
-    Tensor,
     canary_from_json,
+    shard_from_json,
 )
+from shared.parts import Digests, in_parts
 from shared.peft_config import peft_config
+from shared.signing import Seal
 from shared.store import Store
+from shared.tensor_table import Slice, Tensor
 from shared.versions import Version
+
+GRACE_S = 2.0  # that the other ranks give rank 0
+GRACE_LOOKS = 8  # of theirs, whether it is done
 
 
 @dataclass(frozen=True)
@@ -62,44 +72,44 @@ class Rank:
     world: int = 1
 
 
-def put_shard(
-    store: Store,
-    layout: Layout,
-    claim: Claim,
-    heading: Heading,
-    rank: Rank,
-    pieces: Sequence[EncodedSlice],
-    aliases: Mapping[str, str],
-) -> None:
-    """Put this rank's shard and, when it is durable, its record. A lone rank without aliases puts a PEFT directory."""
+def put_shard(store: Store, layout: Layout, claim: Claim, heading: Heading, rank: Rank, shard: EncodedShard) -> None:
+    """Put this rank's shard and, when it is durable, its record. A lone rank without aliases puts a PEFT directory.
+
+    The parts' digests are made while the store takes the bytes: the shard is gone through once.
+    """
     attempt = layout.attempt(heading.version, claim.nonce)
-    plain = rank.world == 1 and not aliases
+    plain = rank.world == 1 and not shard.aliases
     name = "adapter_model" if plain else f"rank-{rank.index:05d}-of-{rank.world:05d}"
     key = f"{attempt}/{name}.safetensors"
-    store.put_stream(key, shard_chunks(pieces), shard_bytes(pieces))
+    parts = in_parts(shard.chunks())
+    size = sum(len(chunk) for part in parts for chunk in part)
+    with Digests(parts) as digests:
+        store.put_stream(key, (chunk for part in parts for chunk in part), size)
+        stored = Shard(key, size, digests.result())
     if rank.index == 0:
         store.put(f"{attempt}/adapter_config.json", peft_config(heading.lora, heading.base_name))
     record = {
         "rank": rank.index,
         "world": rank.world,
-        "shard": asdict(digest(key, shard_chunks(pieces))),
-        "slices": [
-            {
-                "tensor": piece.tensor,
-                "name": piece.name,
-                "dtype": piece.dtype,
-                "shape": piece.shape,
-                "global_shape": piece.global_shape,
-                "offset": piece.offset,
-            }
-            for piece in pieces
-        ],
-        "aliases": dict(aliases),
+        "shard": asdict(stored),
+        "aliases": dict(shard.aliases),
     }
     if rank.index == 0:
         record["training"] = dict(heading.training)
         record["canary"] = asdict(heading.canary) if heading.canary else None
-    store.put(_record(layout, claim, heading.version, rank.index), strict_json.dumps(record))
+    fields = {name: strict_json.dumps(value) for name, value in record.items()}
+    fields["tensors"] = tensor_table.to_bytes(_table(shard, rank.index))
+    store.put(_record(layout, claim, heading.version, rank.index), strict_json.join(fields))
+
+
+def _table(shard: EncodedShard, number: int) -> dict[str, Tensor]:
+    """A rank's part of the manifest's table of tensors."""
+    tensors: dict[str, Tensor] = {}
+    for piece in shard.slices:
+        slice_ = Slice(number, piece.name, piece.offset, piece.shape)
+        before = tensors[piece.tensor].slices if piece.tensor in tensors else ()
+        tensors[piece.tensor] = Tensor(piece.dtype, piece.global_shape, (*before, slice_))
+    return tensors
 
 
 def missing_ranks(store: Store, layout: Layout, claim: Claim, version: Version, world: int) -> list[int]:
@@ -122,21 +132,24 @@ def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Ma
     """The manifest that these records, in rank order, make: a pure function.
 
     Raises:
-        Corrupt: two records disagree about a tensor.
+        Corrupt: two records disagree about a tensor, or one is malformed.
     """
-    kinds: dict[str, tuple[str, tuple[int, int]]] = {}
-    slices: dict[str, list[Slice]] = {}
+    tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     shards = []
-    for number, record in enumerate(records):
-        aliases.update(record["aliases"])
-        shards.append(Shard(**{**record["shard"], "parts": tuple(record["shard"]["parts"])}))
-        for piece in record["slices"]:
-            name, kind = piece["tensor"], (piece["dtype"], _pair(piece["global_shape"]))
-            if kinds.setdefault(name, kind) != kind:
-                raise Corrupt(f"ranks disagree about {name}", op="commit", version=str(heading.version))
-            where = Slice(number, piece["name"], _pair(piece["offset"]), _pair(piece["shape"]))
-            slices.setdefault(name, []).append(where)
+    try:
+        for record in records:
+            aliases.update(record["aliases"])
+            shards.append(shard_from_json(record["shard"]))
+            for name, tensor in tensor_table.from_json(record["tensors"], len(records)).items():
+                known = tensors.setdefault(name, tensor)
+                if known[:2] != tensor[:2]:
+                    raise Corrupt(f"ranks disagree about {name}", op="commit", version=str(heading.version))
+                if known is not tensor:
+                    tensors[name] = known._replace(slices=known.slices + tensor.slices)
+        training, canary = records[0]["training"], canary_from_json(records[0]["canary"])
+    except (LookupError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise Corrupt(f"malformed record: {error!r}", op="commit", version=str(heading.version)) from error
     return Manifest(
         adapter=heading.adapter,
         version=heading.version,
@@ -146,10 +159,10 @@ def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Ma
         parallel=heading.parallel,
         encoding=heading.encoding,
         shards=tuple(shards),
-        tensors={name: Tensor(*kinds[name], tuple(pieces)) for name, pieces in slices.items()},
+        tensors=tensors,
         aliases=aliases,
-        training=records[0]["training"],
-        canary=canary_from_json(records[0]["canary"]),
+        training=training,
+        canary=canary,
     )
 
 
@@ -160,8 +173,19 @@ def commit(
     heading: Heading,
     world: int,
     expected: Mapping[str, tuple[int, int]],
+    *,
+    rank: int = 0,
+    grace_s: float = GRACE_S,
+    wait: Callable[[float], object] = time.sleep,
+    seal: Seal = Manifest.sealed,
 ) -> Manifest | None:
     """Commit a version if every rank's record is there.
+
+    Args:
+        rank: ours. Rank 0 goes at once; the others give it a grace, and go only if it has not gone by then.
+        grace_s: how long they wait, in seconds.
+        wait: waits that long, or less where it is interrupted.
+        seal: gives the manifest its digest and signature; by the same key on every rank, for they write the same bytes.
 
     Returns:
         The committed manifest, or None while records are missing.
@@ -169,26 +193,54 @@ def commit(
     Raises:
         Fenced: a later epoch was claimed, or this version's name holds another life's manifest.
         Corrupt: the version is not whole; nothing is committed.
+        StoreError: the store failed, or the attempt was collected as an orphan.
     """
     records = read_records(store, layout, claim, heading.version, world)
     if records is None:
         return None
-    manifest = build_manifest(heading, records).sealed()
+    manifest = seal(build_manifest(heading, records))
     demand_complete(manifest, expected)
     demand_unfenced(store, layout, claim.epoch, op="commit")
-    if not store.put_if_absent(layout.manifest(heading.version), manifest.to_bytes()):
-        raise Fenced(
-            f"{heading.version} is committed with other bytes", op="commit", key=layout.manifest(heading.version)
-        )
-    hint = {"epoch": heading.version.epoch, "version": heading.version.number, "digest": manifest.digest}
-    store.put(layout.latest, strict_json.dumps(hint))
+    if rank == 0 or not _committed_by_another(store, layout, manifest, grace_s, wait):
+        put_manifest(store, layout, manifest)
+    put_hint(store, layout, manifest)
     return manifest
+
+
+def put_manifest(store: Store, layout: Layout, manifest: Manifest) -> None:
+    """Put a manifest under its version's name: the commit itself.
+
+    Raises:
+        Fenced: the name holds another life's manifest.
+        StoreError: the store failed, or the name holds a collector's void.
+    """
+    key, version = layout.manifest(manifest.version), str(manifest.version)
+    if store.put_if_absent(key, manifest.to_bytes()):
+        return
+    if store.get(key, MAX_MANIFEST_BYTES) == VOID:
+        problem = "the attempt was collected before it was committed"
+        hint = "It stood still for longer than retention.orphan_after_s; start the trainer again, in a new epoch"
+        raise StoreError(problem, op="commit", key=key, version=version, hint=hint)
+    raise Fenced(f"{version} is committed with other bytes", op="commit", key=key)
+
+
+def put_hint(store: Store, layout: Layout, manifest: Manifest) -> None:
+    """Say in LATEST that this version is there."""
+    epoch, number = manifest.version
+    store.put(layout.latest, strict_json.dumps({"epoch": epoch, "version": number, "digest": manifest.digest}))
+
+
+def _committed_by_another(
+    store: Store, layout: Layout, manifest: Manifest, grace_s: float, wait: Callable[[float], object]
+) -> bool:
+    """Whether another rank puts these very bytes within the grace."""
+    content = manifest.to_bytes()
+    for _ in range(GRACE_LOOKS):
+        wait(grace_s / GRACE_LOOKS)
+        with contextlib.suppress(KeyMissing):
+            return store.get(layout.manifest(manifest.version), MAX_MANIFEST_BYTES) == content
+    return False
 
 
 def _record(layout: Layout, claim: Claim, version: Version, rank: int) -> str:
     return f"{layout.attempt(version, claim.nonce)}/rank-{rank:05d}.json"
-
-
-def _pair(value: Sequence[int]) -> tuple[int, int]:
-    rows, columns = value
-    return rows, columns

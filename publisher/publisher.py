@@ -26,14 +26,15 @@ from typing import Any, Literal, TypeVar
 from publisher.commit import Heading, Rank, commit, missing_ranks, put_shard
 from publisher.convert import AdapterSlice
 from publisher.epochs import Claim
-from publisher.outage import Outage
-from publisher.shard import encode, in_wire_order, wire_scale
+from publisher.shard import encode, wire_scale
 from shared.base_model import BaseIdentity, read_base_config
 from shared.config import LoraConfig
 from shared.errors import LorasyncError, StoreError, UsageError
 from shared.layout import Layout
 from shared.manifest import Canary, LoraShape, Manifest, Parent
+from shared.outage import Outage
 from shared.peft_names import expected_tensors
+from shared.signing import Seal
 from shared.store import Store
 from shared.versions import Version
 
@@ -83,6 +84,7 @@ class Publisher:
         queue_versions: int = 1,
         on_full_queue: Literal["wait", "skip"] = "wait",
         record_timeout_s: float = 300.0,
+        seal: Seal = Manifest.sealed,
         on_published: Callable[[Published], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
@@ -93,7 +95,7 @@ class Publisher:
         self._order = {name: position for position, name in enumerate(self._expected)}
         self._base, self._clock, self._rng = base, clock, rng or random.Random()
         self._base_name = str(base_path).rstrip("/").rsplit("/", 1)[-1]
-        self._parent = Parent(parent.version, parent.digest) if parent else None
+        self._parent, self._seal = Parent(parent.version, parent.digest) if parent else None, seal
         self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
         self.skipped, self.last_number = 0, -1  # versions not queued; the last one that was
         self._outage = Outage("publisher")
@@ -212,11 +214,10 @@ class Publisher:
         item_bytes = 2 if lora.encoding == "bf16" else 4
         size = sum(rows * columns for rows, columns in self._expected.values()) * item_bytes
         aliases = world > 1 or size >= ALIAS_FROM_BYTES
-        pieces, alias_of = encode(job.slices, rank=lora.rank, alpha=lora.alpha, encoding=lora.encoding, aliases=aliases)
-        pieces = in_wire_order(pieces, self._order)
-        self._until_store_answers(
-            lambda: put_shard(self._store, self._layout, self._claim, heading, self._rank, pieces, alias_of)
+        shard = encode(
+            job.slices, self._order, rank=lora.rank, alpha=lora.alpha, encoding=lora.encoding, aliases=aliases
         )
+        self._until_store_answers(lambda: put_shard(self._store, self._layout, self._claim, heading, self._rank, shard))
         manifest = self._commit(heading)
         self._parent = Parent(manifest.version, manifest.digest)
         seconds = time.monotonic() - started
@@ -232,10 +233,20 @@ class Publisher:
 
     def _commit(self, heading: Heading) -> Manifest:
         """Commit when every rank's record is there. An outage is no rank's fault: the time for records begins anew."""
-        world, failures, deadline = self._rank.world, -1, 0.0
+        rank, failures, deadline = self._rank, -1, 0.0
         while True:
             manifest = self._until_store_answers(
-                lambda: commit(self._store, self._layout, self._claim, heading, world, self._expected)
+                lambda: commit(
+                    self._store,
+                    self._layout,
+                    self._claim,
+                    heading,
+                    rank.world,
+                    self._expected,
+                    rank=rank.index,
+                    wait=self._stopping.wait,
+                    seal=self._seal,
+                )
             )
             if manifest is not None:
                 return manifest

@@ -1,40 +1,66 @@
-"""A rank's slices as the bytes of its shard: scaled, encoded, in wire order, digested.
+"""A rank's slices as the bytes of its shard: scaled, encoded, in wire order, back to back in one piece of memory.
 
 lora_B is multiplied by alpha/r where that is a power of two (exact in bf16 and fp32), so that lora_alpha == r on the
 wire: one pass less in vLLM, and nothing left to apply twice. Elsewhere B stays as it is and alpha travels.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from publisher.convert import AdapterSlice
-from shared.adapter_files import TensorSpec, demand_finite, header_bytes
+from shared.adapter_files import TensorSpec, demand_finite, header_bytes, is_finite
 from shared.errors import Corrupt
-from shared.manifest import PART_BYTES, Shard
 
 ENCODINGS = {"bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
 
+Pair = tuple[int, int]
 
-@dataclass(frozen=True)
-class EncodedSlice:
-    """A slice ready to be written. `content` is its bytes, row-major, in one or more runs."""
+
+class EncodedSlice(NamedTuple):
+    """What a run of the shard's bytes is: a rectangle of a tensor, row-major."""
 
     tensor: str  # the global tensor's PEFT name
     dtype: str
-    shape: tuple[int, int]
-    global_shape: tuple[int, int]
-    offset: tuple[int, int]
-    content: tuple[memoryview, ...]
+    shape: Pair
+    global_shape: Pair
+    offset: Pair
 
     @property
     def name(self) -> str:
         """Inside the shard: the tensor's own name if this is all of it."""
         whole = self.shape == self.global_shape
         return self.tensor if whole else f"{self.tensor}@{self.offset[0]},{self.offset[1]}"
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """Slices in wire order, and their bytes back to back in `content`; `aliases` is {alias: name}."""
+
+    slices: Sequence[EncodedSlice]
+    content: memoryview
+    aliases: Mapping[str, str]
+
+    def chunks(self) -> tuple[memoryview, memoryview]:
+        """The file: header and data."""
+        return memoryview(header_bytes(self.specs())), self.content
+
+    def specs(self) -> list[TensorSpec]:
+        """The file's tensors, in order."""
+        return [TensorSpec(piece.name, piece.dtype, piece.shape) for piece in self.slices]
+
+
+class _Placed(NamedTuple):
+    """A slice under one of its names; sorts in wire order."""
+
+    position: int
+    column: int
+    row: int
+    name: str
+    source: AdapterSlice
 
 
 def wire_scale(rank: int, alpha: int) -> tuple[float, int]:
@@ -44,63 +70,62 @@ def wire_scale(rank: int, alpha: int) -> tuple[float, int]:
 
 
 def encode(
-    slices: Iterable[AdapterSlice], *, rank: int, alpha: int, encoding: str, aliases: bool
-) -> tuple[list[EncodedSlice], dict[str, str]]:
-    """Encode slices, in the order given.
-
-    Args:
-        slices: host tensors of any float dtype.
-        rank, alpha: of the LoRA.
-        encoding: "bf16" or "fp32".
-        aliases: whether a tensor with several names travels once; otherwise each name gets its own copy.
-
-    Returns:
-        The encoded slices, and {alias: name}.
-
-    Raises:
-        Corrupt: NaN or infinity in a tensor; the training diverged, and nothing is published.
-    """
-    factor, _ = wire_scale(rank, alpha)
-    dtype, dtype_name = ENCODINGS[encoding]
-    encoded: list[EncodedSlice] = []
-    alias_of: dict[str, str] = {}
-    for piece in slices:
-        scaled = piece.tensor.detach() * factor if ".lora_B." in piece.name and factor != 1.0 else piece.tensor.detach()
-        tensor = scaled.to(dtype).contiguous()
-        rows, columns = tensor.shape
-        content = memoryview(tensor.view(torch.uint8).numpy().reshape(-1).data)
-        demand_finite(TensorSpec(piece.name, dtype_name, (rows, columns)), content, key="lora")
-        names = (piece.name,) if aliases else (piece.name, *piece.aliases)
-        if aliases:
-            alias_of.update(dict.fromkeys(piece.aliases, piece.name))
-        encoded.extend(
-            EncodedSlice(name, dtype_name, (rows, columns), piece.shape, piece.offset, (content,)) for name in names
-        )
-    return encoded, alias_of
-
-
-def in_wire_order(encoded: Iterable[EncodedSlice], order: Mapping[str, int]) -> list[EncodedSlice]:
-    """Sort by the position of each tensor's name in `order`, and join slices that lie directly below one another.
+    slices: Iterable[AdapterSlice], order: Mapping[str, int], *, rank: int, alpha: int, encoding: str, aliases: bool
+) -> EncodedShard:
+    """Encode slices in wire order, and join those that lie directly below one another.
 
     Megatron interleaves q, k and v by query group, so one rank holds q_proj in as many row ranges as it has groups;
     joined, a lone rank's tensors are whole again.
 
+    Args:
+        slices: host tensors of any float dtype.
+        order: the position of each tensor's name on the wire.
+        rank, alpha: of the LoRA.
+        encoding: "bf16" or "fp32".
+        aliases: whether a tensor with several names travels once; otherwise each name gets its own copy.
+
     Raises:
-        Corrupt: a name that the base model and the targets do not call for.
+        Corrupt: a name that `order` does not have; NaN or infinity in a tensor: the training diverged, and nothing is
+            published.
     """
-    pieces = list(encoded)
-    unknown = [piece.tensor for piece in pieces if piece.tensor not in order]
+    factor, _ = wire_scale(rank, alpha)
+    dtype, dtype_name = ENCODINGS[encoding]
+    placed, alias_of = _in_wire_order(slices, order, aliases)
+    content = torch.empty(sum(piece.source.tensor.numel() for piece in placed), dtype=dtype)
+    encoded: list[EncodedSlice] = []
+    start = 0
+    for _, column, row, name, source in placed:
+        tensor = source.tensor.detach()
+        height, width = tensor.shape
+        place = content[start : start + height * width].view(height, width)
+        if factor != 1.0 and ".lora_B." in name:
+            torch.mul(tensor, factor, out=place)
+        else:
+            place.copy_(tensor)
+        start += height * width
+        piece = EncodedSlice(name, dtype_name, (height, width), source.shape, (row, column))
+        encoded.append(_joined(encoded.pop(), piece) if encoded and _continues(encoded[-1], piece) else piece)
+    shard = EncodedShard(encoded, content.view(torch.uint8).numpy().data, alias_of)
+    _demand_finite(shard, dtype_name)
+    return shard
+
+
+def _in_wire_order(
+    slices: Iterable[AdapterSlice], order: Mapping[str, int], aliases: bool
+) -> tuple[list[_Placed], dict[str, str]]:
+    placed: list[_Placed] = []
+    alias_of: dict[str, str] = {}
+    for piece in slices:
+        names = (piece.name,) if aliases else (piece.name, *piece.aliases)
+        if aliases:
+            alias_of.update(dict.fromkeys(piece.aliases, piece.name))
+        row, column = piece.offset
+        placed.extend(_Placed(order.get(name, -1), column, row, name, piece) for name in names)
+    unknown = [piece.name for piece in placed if piece.position < 0]
     if unknown:
         raise Corrupt(f"{len(unknown)} unexpected tensors ({unknown[0]}, ...)", op="publish")
-    pieces.sort(key=lambda piece: (order[piece.tensor], piece.offset[1], piece.offset[0]))
-    joined: list[EncodedSlice] = []
-    for piece in pieces:
-        if joined and _continues(joined[-1], piece):
-            above = joined.pop()
-            shape = (above.shape[0] + piece.shape[0], piece.shape[1])
-            piece = replace(above, shape=shape, content=above.content + piece.content)
-        joined.append(piece)
-    return joined
+    placed.sort(key=lambda piece: piece[:3])
+    return placed, alias_of
 
 
 def _continues(above: EncodedSlice, below: EncodedSlice) -> bool:
@@ -108,34 +133,14 @@ def _continues(above: EncodedSlice, below: EncodedSlice) -> bool:
     return above.tensor == below.tensor and same_columns and above.offset[0] + above.shape[0] == below.offset[0]
 
 
-def shard_chunks(pieces: Sequence[EncodedSlice]) -> Iterator[bytes | memoryview]:
-    """The file's bytes, header first, without joining them."""
-    yield header_bytes([TensorSpec(piece.name, piece.dtype, piece.shape) for piece in pieces])
-    for piece in pieces:
-        yield from piece.content
+def _joined(above: EncodedSlice, below: EncodedSlice) -> EncodedSlice:
+    return above._replace(shape=(above.shape[0] + below.shape[0], above.shape[1]))
 
 
-def shard_bytes(pieces: Sequence[EncodedSlice]) -> int:
-    """The file's size."""
-    return sum(len(chunk) for chunk in shard_chunks(pieces))
-
-
-def digest(key: str, chunks: Iterable[bytes | memoryview]) -> Shard:
-    """Size, sha256 of the whole and of every PART_BYTES part, in one pass."""
-    whole, part = hashlib.sha256(), hashlib.sha256()
-    size, filled, parts = 0, 0, []
-    for chunk in chunks:
-        view = memoryview(chunk)
-        whole.update(view)
-        size += len(view)
-        while len(view):
-            taken = view[: PART_BYTES - filled]
-            part.update(taken)
-            filled += len(taken)
-            view = view[len(taken) :]
-            if filled == PART_BYTES:
-                parts.append(part.hexdigest())
-                part, filled = hashlib.sha256(), 0
-    if filled:
-        parts.append(part.hexdigest())
-    return Shard(key, size, whole.hexdigest(), tuple(parts))
+def _demand_finite(shard: EncodedShard, dtype: str) -> None:
+    if is_finite(dtype, shard.content):
+        return
+    start = 0
+    for spec in shard.specs():
+        demand_finite(spec, shard.content[start : start + spec.nbytes], key="lora")
+        start += spec.nbytes

@@ -8,11 +8,11 @@ bits, duplicate keys, path-like names and 13 MB headers. Nothing here allocates 
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +28,16 @@ ALIGN_BYTES = 8
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _NAME = re.compile(r"\w+([.@,\-]\w+)*", re.ASCII)  # "layers.0.lora_B.weight@0,64"; never a path
-_EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+# Their exponent is all ones: (unsigned word, the least -inf or NaN), (signed word, the least inf or NaN).
+_NOT_FINITE = {
+    "BF16": ((np.uint16, 0xFF80), (np.int16, 0x7F80)),
+    "F16": ((np.uint16, 0xFC00), (np.int16, 0x7C00)),
+    "F32": ((np.uint32, 0xFF800000), (np.int32, 0x7F800000)),
+}
+_CACHED_BYTES = 1 << 18  # of a range that two passes over it find in the processor's cache
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a file. `dtype` as safetensors spells it."""
 
     name: str
@@ -41,14 +46,10 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        count = ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """A tensor and where its bytes lie, counted from the start of the data section."""
 
     spec: TensorSpec
@@ -56,20 +57,35 @@ class Placed:
     end: int
 
 
-def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The length prefix and header of a file that holds these tensors back to back, in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
+    """The length prefix and header of a file that holds these tensors back to back, in this order.
+
+    Put together by hand: a file has tens of thousands of tensors, and a handful of kinds.
+    """
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
+    entries = ['"__metadata__":{"format":"pt"}']
     start = 0
     for spec in specs:
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [start, start + spec.nbytes],
-        }
-        start += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGN_BYTES)
-    return len(text).to_bytes(8, "little") + text
+        name, dtype, shape = spec
+        if (dtype, shape) not in kinds:
+            text = f'{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            kinds[dtype, shape] = text, spec.nbytes
+        text, nbytes = kinds[dtype, shape]
+        entries.append(f"{quoted(name)}:{text}{start},{start + nbytes}]}}")
+        start += nbytes
+    header = f"{{{','.join(entries)}}}".encode()
+    header += b" " * (-len(header) % ALIGN_BYTES)
+    return len(header).to_bytes(8, "little") + header
+
+
+def place(specs: Iterable[TensorSpec]) -> list[Placed]:
+    """Where these tensors lie, back to back in this order."""
+    placed, start = [], 0
+    for spec in specs:
+        end = start + spec.nbytes
+        placed.append(Placed(spec, start, end))
+        start = end
+    return placed
 
 
 def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed], int]:
@@ -131,27 +147,56 @@ def _place(name: str, entry: Any, key: str) -> Placed:
     return Placed(spec, start, end)
 
 
-def read_tensors(content: bytes | memoryview, *, key: str) -> Iterator[tuple[TensorSpec, memoryview]]:
+def read_tensors(
+    content: bytes | memoryview, *, key: str, promised: Sequence[TensorSpec] | None = None
+) -> Iterator[tuple[TensorSpec, memoryview]]:
     """The tensors of a whole file in memory, as views of its bytes, in data order.
+
+    Args:
+        promised: what the file should hold. One whose header is exactly theirs is not parsed: it is known already.
+            Another is still read: the caller compares.
 
     Raises:
         Corrupt: see `parse_header`.
     """
     view = memoryview(content)
-    length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
-    head = bytes(view[: 8 + min(length, MAX_HEADER_BYTES + 1)])
-    placed, data_start = parse_header(head, len(view), key=key)
-    for tensor in placed:
-        yield tensor.spec, view[data_start + tensor.start : data_start + tensor.end]
+    placed, data_start = _as_promised(view, promised or ())
+    if not data_start:
+        length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
+        head = bytes(view[: 8 + min(length, MAX_HEADER_BYTES + 1)])
+        placed, data_start = parse_header(head, len(view), key=key)
+    data = view[data_start:]
+    for spec, start, end in placed:
+        yield spec, data[start:end]
+
+
+def _as_promised(file: memoryview, promised: Sequence[TensorSpec]) -> tuple[list[Placed], int]:
+    """The promised tensors' places and where the data starts; ([], 0) if the file is of another form."""
+    header = header_bytes(promised)
+    placed = place(promised)
+    end = placed[-1].end if placed else 0
+    if len(file) != len(header) + end or bytes(file[: len(header)]) != header:
+        return [], 0
+    return placed, len(header)
+
+
+def is_finite(dtype: str, content: bytes | memoryview) -> bool:
+    """Whether values, back to back, have neither NaN nor infinity among them."""
+    (unsigned, least_negative), (signed, least_positive) = _NOT_FINITE[dtype]
+    words = np.frombuffer(content, dtype=unsigned)
+    step = _CACHED_BYTES // words.itemsize
+    for start in range(0, len(words), step):
+        some = words[start : start + step]
+        if some.max() >= least_negative or some.view(signed).max() >= least_positive:
+            return False
+    return True
 
 
 def demand_finite(spec: TensorSpec, content: bytes | memoryview, *, key: str) -> None:
-    """Check that a tensor has neither NaN nor infinity: an exponent of all ones.
+    """Check that a tensor has neither NaN nor infinity.
 
     Raises:
         Corrupt: names the tensor.
     """
-    word, exponent = _EXPONENT[spec.dtype]
-    bits = np.frombuffer(content, dtype=word)
-    if bool(((bits & exponent) == exponent).any()):
+    if not is_finite(spec.dtype, content):
         raise Corrupt(f"NaN or infinity in tensor {spec.name}", op="check values", key=key)

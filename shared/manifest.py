@@ -2,58 +2,43 @@
 
 Promises: `Manifest.parse(m.to_bytes()) == m`; equal manifests are equal bytes, so racing committers of one version
 write the same object (nothing is the committer's own: no host, and the one time in it, `training.submitted_at`, is from
-rank 0's record); its own digest and its parent's digest make a chain.
+rank 0's record); its own digest and its parent's digest make a chain. Only canonical bytes are read: a duplicate key,
+NaN, a space or a second spelling of a number would not come out again as it went in, and is refused.
 Does not: trust itself. Readers check its digest, then every part's, then names, shapes and values.
 
 docs/format.md shows one, field by field.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shared import strict_json
-from shared.adapter_files import ITEM_BYTES
+from shared import strict_json, tensor_table
 from shared.base_model import BaseIdentity
 from shared.errors import Corrupt, LorasyncError
 from shared.layout import LAYOUT
 from shared.store import check_key
+from shared.tensor_table import Slice, Tensor, count, text
 from shared.versions import Version
 
+__all__ = ["Slice", "Tensor"]
+
 MAX_MANIFEST_BYTES = 100_000_000  # a single request on every store: multipart creates race
-MAX_COUNT = 1 << 50
 VOID = b'{"layout":1,"void":true}'  # stands where a manifest was collected, or shall never be: no version
 PART_BYTES = 16 << 20  # each part of a shard has a digest of its own, so a download is verified as it streams
+
+_HEX = {length: re.compile(rf"[0-9a-f]{{{length}}}") for length in (16, 64, 128)}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One stored file: its size and the sha256 of the whole and of each PART_BYTES part."""
+    """One stored file: its size and the sha256 of each PART_BYTES part, the last one as long as it is."""
 
     key: str
     size: int  # bytes
-    sha256: str
     parts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A rectangle of a tensor: where it lies (shard number, name inside) and where it belongs (offset)."""
-
-    shard: int
-    name: str
-    offset: tuple[int, int]
-    shape: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A global tensor and the slices that cover it exactly."""
-
-    dtype: str
-    shape: tuple[int, int]
-    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
@@ -88,8 +73,16 @@ class Parent:
 
 
 @dataclass(frozen=True)
+class Signature:
+    """Who vouches for the digest: the key's name (16 hex digits) and its ed25519 signature (hex); `shared.signing`."""
+
+    key: str
+    ed25519: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """See the module. `digest` is the sha256 of the canonical JSON without this field; empty until sealed."""
+    """See the module. `digest` is the sha256 of the canonical JSON without digest and signature; empty until sealed."""
 
     adapter: str
     version: Version
@@ -103,111 +96,118 @@ class Manifest:
     aliases: Mapping[str, str]
     training: Mapping[str, Any]
     canary: Canary | None
+    signature: Signature | None = None
     layout: int = LAYOUT
     digest: str = field(default="", compare=False)
 
     def sealed(self) -> "Manifest":
         """The same manifest with its digest."""
-        return replace(self, digest=_digest(self._body()))
+        return replace(self, digest=_digest(self._fields()))
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, digest included."""
-        body = self._body()
-        return strict_json.dumps({**body, "digest": _digest(body)})
+        fields = self._fields()
+        return strict_json.join({**fields, "digest": strict_json.dumps(_digest(fields))})
 
     @property
     def size(self) -> int:
         """Bytes on the store."""
         return sum(shard.size for shard in self.shards)
 
-    def _body(self) -> dict[str, Any]:
-        body = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("digest", "version")}
-        body["epoch"], body["version"] = self.version
-        body["base"], body["lora"] = asdict(self.base), asdict(self.lora)
-        body["shards"] = [asdict(shard) for shard in self.shards]
-        body["tensors"] = {name: _tensor_json(tensor) for name, tensor in self.tensors.items()}
-        body["canary"] = asdict(self.canary) if self.canary else None
-        if self.parent:
-            epoch, number = self.parent.version
-            body["parent"] = {"epoch": epoch, "version": number, "digest": self.parent.digest}
-        return body
+    def _fields(self) -> dict[str, bytes]:
+        """Every field's canonical JSON, but for the digest."""
+        epoch, number = self.version
+        body = {
+            "adapter": self.adapter,
+            "aliases": self.aliases,
+            "base": asdict(self.base),
+            "canary": asdict(self.canary) if self.canary else None,
+            "encoding": self.encoding,
+            "epoch": epoch,
+            "layout": self.layout,
+            "lora": asdict(self.lora),
+            "parallel": self.parallel,
+            "parent": _parent_json(self.parent) if self.parent else None,
+            "shards": [asdict(shard) for shard in self.shards],
+            "training": self.training,
+            "version": number,
+        }
+        if self.signature:
+            body["signature"] = asdict(self.signature)
+        fields = {name: strict_json.dumps(value) for name, value in body.items()}
+        return {**fields, "tensors": tensor_table.to_bytes(self.tensors)}
 
     @classmethod
     def parse(cls, content: bytes, *, key: str) -> "Manifest":
         """Read and check a manifest.
 
         Raises:
-            Corrupt: not JSON, a newer layout, a missing or malformed field, a digest that does not match.
+            Corrupt: not JSON, not canonical, a newer layout, a missing or malformed field, a digest that does not
+                match.
         """
-        body = strict_json.load_object(content, key=key, max_bytes=MAX_MANIFEST_BYTES)
-        claimed = body.pop("digest", None)
-        if body.get("layout") != LAYOUT:
+        body = strict_json.load_canonical(content, key=key, max_bytes=MAX_MANIFEST_BYTES)
+        layout = body.get("layout")
+        if type(layout) is not int or layout != LAYOUT:
             hint = f"This lorasync reads layout {LAYOUT}; upgrade the reader"
-            raise Corrupt(f"manifest of layout {body.get('layout')!r}", op="read manifest", key=key, hint=hint)
+            raise Corrupt(f"manifest of layout {str(layout)[:80]}", op="read manifest", key=key, hint=hint)
         try:
-            digest = _digest(body)
-            if claimed != digest:
-                raise Corrupt("manifest does not match its own digest", op="read manifest", key=key)
             manifest = _from_body(body)
-        except Corrupt:
-            raise
+            fields = {name: strict_json.dumps(value) for name, value in body.items() if name != "tensors"}
+            fields["tensors"] = tensor_table.to_bytes(manifest.tensors)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError, LorasyncError) as error:
             raise Corrupt(f"malformed manifest: {error!r}", op="read manifest", key=key) from error
-        return replace(manifest, digest=digest)
+        if strict_json.join(fields) != content:
+            raise Corrupt("manifest is not in canonical form", op="read manifest", key=key)
+        if body.get("digest") != _digest(fields):
+            raise Corrupt("manifest does not match its own digest", op="read manifest", key=key)
+        return replace(manifest, digest=body["digest"])
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(strict_json.dumps(body)).hexdigest()
-
-
-def _tensor_json(tensor: Tensor) -> dict[str, Any]:
-    """`dataclasses.asdict`, forty times as fast: a model of 30B parameters has 37,248 tensors."""
-    slices = [{"shard": s.shard, "name": s.name, "offset": s.offset, "shape": s.shape} for s in tensor.slices]
-    return {"dtype": tensor.dtype, "shape": tensor.shape, "slices": slices}
+def _digest(fields: Mapping[str, bytes]) -> str:
+    covered = {name: value for name, value in fields.items() if name not in ("digest", "signature")}
+    return hashlib.sha256(strict_json.join(covered)).hexdigest()
 
 
 def _from_body(body: Mapping[str, Any]) -> Manifest:
-    shards = tuple(
-        Shard(check_key(s["key"]), _size(s["size"]), _text(s["sha256"]), tuple(_text(part) for part in s["parts"]))
-        for s in body["shards"]
-    )
-    tensors = {}
-    for name, entry in body["tensors"].items():
-        if entry["dtype"] not in ITEM_BYTES:
-            raise ValueError(f"dtype {entry['dtype']!r} of {name}")
-        slices = tuple(
-            Slice(_size(s["shard"]), _text(s["name"]), _pair(s["offset"]), _pair(s["shape"])) for s in entry["slices"]
-        )
-        if any(s.shard >= len(shards) for s in slices):
-            raise ValueError(f"{name} lies in a shard that is not listed")
-        tensors[name] = Tensor(entry["dtype"], _pair(entry["shape"]), slices)
-    if any(target not in tensors for target in body["aliases"].values()):
+    shards = tuple(shard_from_json(shard) for shard in body["shards"])
+    tensors = tensor_table.from_json(body["tensors"], len(shards))
+    aliases: dict[str, str] = body["aliases"]
+    if any(target not in tensors for target in aliases.values()):
         raise ValueError("an alias points at no tensor")
-    parent, canary, base, lora = body["parent"], body["canary"], body["base"], body["lora"]
+    parent, base, lora, signature = body["parent"], body["base"], body["lora"], body.get("signature")
     return Manifest(
-        adapter=_text(body["adapter"]),
-        version=Version(_size(body["epoch"]), _size(body["version"])),
-        parent=_parent(parent) if parent else None,
-        base=BaseIdentity(_text(base["model_type"]), _text(base["config_sha256"]), _text(base["weights_sha256"])),
+        adapter=text(body["adapter"]),
+        version=Version(count(body["epoch"]), count(body["version"])),
+        parent=_parent(parent) if parent is not None else None,
+        base=BaseIdentity(text(base["model_type"]), text(base["config_sha256"]), text(base["weights_sha256"])),
         lora=LoraShape(
-            rank=_size(lora["rank"]),
-            alpha=_size(lora["alpha"]),
-            wire_alpha=_size(lora["wire_alpha"]),
-            targets=tuple(_text(target) for target in lora["targets"]),
-            expert_layout=_text(lora["expert_layout"]),
+            rank=count(lora["rank"]),
+            alpha=count(lora["alpha"]),
+            wire_alpha=count(lora["wire_alpha"]),
+            targets=tuple(text(target) for target in lora["targets"]),
+            expert_layout=text(lora["expert_layout"]),
         ),
-        parallel={name: _size(degree) for name, degree in body["parallel"].items()},
-        encoding=_text(body["encoding"]),
+        parallel={name: count(degree) for name, degree in body["parallel"].items()},
+        encoding=text(body["encoding"]),
         shards=shards,
         tensors=tensors,
-        aliases=dict(body["aliases"]),
+        aliases=dict(aliases),
         training=dict(body["training"]),
-        canary=canary_from_json(canary),
+        canary=canary_from_json(body["canary"]),
+        signature=_signature(signature) if signature is not None else None,
     )
 
 
-def _parent(body: Mapping[str, Any]) -> Parent:
-    return Parent(Version(_size(body["epoch"]), _size(body["version"])), _text(body["digest"]))
+def shard_from_json(body: Mapping[str, Any]) -> Shard:
+    """The inverse of `dataclasses.asdict`.
+
+    Raises:
+        LookupError, TypeError, ValueError, UsageError: not of that form, or not as many digests as the size has parts.
+    """
+    shard = Shard(check_key(body["key"]), count(body["size"]), tuple(_hex(part, 64) for part in body["parts"]))
+    if len(shard.parts) != -(-shard.size // PART_BYTES):
+        raise ValueError(f"{len(shard.parts)} digests for {shard.size} bytes")
+    return shard
 
 
 def canary_from_json(body: Mapping[str, Any] | None) -> Canary | None:
@@ -218,25 +218,33 @@ def canary_from_json(body: Mapping[str, Any] | None) -> Canary | None:
     """
     if body is None:
         return None
-    sequences = tuple(tuple(_size(token) for token in sequence) for sequence in body["sequences"])
-    logprobs = tuple(tuple(float(value) for value in row) for row in body["logprobs"])
+    sequences = tuple(tuple(count(token) for token in sequence) for sequence in body["sequences"])
+    logprobs = tuple(tuple(_number(value) for value in row) for row in body["logprobs"])
     if [len(s) - 1 for s in sequences] != [len(row) for row in logprobs]:
         raise ValueError("canary log-probabilities do not fit its sequences")
-    return Canary(sequences, logprobs, float(body["tolerance"]))
+    return Canary(sequences, logprobs, _number(body["tolerance"]))
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_COUNT:
-        raise ValueError("a count that is none")
-    return value
+def _signature(body: Mapping[str, Any]) -> Signature:
+    return Signature(_hex(body["key"], 16), _hex(body["ed25519"], 128))
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text that is none")
-    return value
+def _parent(body: Mapping[str, Any]) -> Parent:
+    return Parent(Version(count(body["epoch"]), count(body["version"])), _hex(body["digest"], 64))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    rows, columns = value
-    return _size(rows), _size(columns)
+def _parent_json(parent: Parent) -> dict[str, Any]:
+    epoch, number = parent.version
+    return {"epoch": epoch, "version": number, "digest": parent.digest}
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError("a number that is none")
+    return float(value)
+
+
+def _hex(value: Any, length: int) -> str:
+    if not _HEX[length].fullmatch(value):
+        raise ValueError(f"not {length} hex digits")
+    return text(value)

@@ -7,6 +7,7 @@ and more than `max_bytes`.
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import Corrupt
@@ -15,6 +16,11 @@ from shared.errors import Corrupt
 def dumps(value: Any) -> bytes:
     """Canonical bytes of a JSON value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def join(fields: Mapping[str, bytes]) -> bytes:
+    """Canonical bytes of an object, from those of its fields' values."""
+    return b"{%s}" % b",".join(dumps(name) + b":" + fields[name] for name in sorted(fields))
 
 
 def load_object(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
@@ -47,6 +53,25 @@ def load_object(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
         )
         if b"\\u" in content:  # an escape may spell half a surrogate pair, which no UTF-8 can
             dumps(value)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"not valid JSON: {error}", op="read json", key=key) from error
+    if not isinstance(value, dict):
+        raise Corrupt("not a JSON object", op="read json", key=key)
+    return value
+
+
+def load_canonical(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
+    """Read a large object that the caller writes again and compares with the content: twice as fast as `load_object`.
+
+    Duplicate keys, NaN and all else that is not canonical pass here, and cannot survive that comparison.
+
+    Raises:
+        Corrupt: too large, not JSON, not an object, nested too deep.
+    """
+    if len(content) > max_bytes:
+        raise Corrupt(f"{len(content)} bytes, more than the {max_bytes} allowed", op="read json", key=key)
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"not valid JSON: {error}", op="read json", key=key) from error
     if not isinstance(value, dict):

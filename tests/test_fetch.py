@@ -54,7 +54,7 @@ def vouched(store: LocalStore, manifest: Manifest, content: bytes) -> Manifest:
     """Put other bytes as the shard, and a manifest whose digests vouch for them."""
     shard_file(store, manifest).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    return replace(manifest, shards=(Shard(manifest.shards[0].key, len(content), digest, (digest,)),)).sealed()
+    return replace(manifest, shards=(Shard(manifest.shards[0].key, len(content), (digest,)),)).sealed()
 
 
 def refused(store: LocalStore, manifest: Manifest, out: Path, says: str, error: type[Exception] = Corrupt) -> None:
@@ -178,11 +178,11 @@ def test_a_shard_whose_header_tells_other_names_or_shapes_than_the_manifest_is_c
     store: LocalStore, tmp_path: Path
 ):
     manifest = manifest_of(store)
-    other_name = changed_header(store, manifest, lambda specs: [replace(specs[0], name="x"), *specs[1:]])
+    other_name = changed_header(store, manifest, lambda specs: [specs[0]._replace(name="x"), *specs[1:]])
     refused(store, vouched(store, manifest, other_name), tmp_path / "out", "manifest says")
     (tmp_path / "scratch").rename(tmp_path / "before")
     turned = changed_header(
-        store, manifest_of(store), lambda specs: [replace(specs[0], shape=specs[0].shape[::-1]), *specs[1:]]
+        store, manifest_of(store), lambda specs: [specs[0]._replace(shape=specs[0].shape[::-1]), *specs[1:]]
     )
     refused(store, vouched(store, manifest, turned), tmp_path / "out", "manifest says")
 
@@ -194,9 +194,9 @@ def test_missing_extra_and_misshapen_names_are_corrupt(store: LocalStore, tmp_pa
     refused(store, replace(manifest, tensors=lacking).sealed(), tmp_path / "out", "1 tensors missing")
     for tensors, says in (
         ({**manifest.tensors, "model.router.lora_A.weight": tensor}, "1 unexpected"),
-        ({**manifest.tensors, name: replace(tensor, shape=tensor.shape[::-1])}, "of a wrong shape"),
-        ({**manifest.tensors, name: replace(tensor, slices=tensor.slices * 2)}, "not covered exactly once"),
-        ({**manifest.tensors, name: replace(tensor, slices=())}, "not covered exactly once"),
+        ({**manifest.tensors, name: tensor._replace(shape=tensor.shape[::-1])}, "of a wrong shape"),
+        ({**manifest.tensors, name: tensor._replace(slices=tensor.slices * 2)}, "not covered exactly once"),
+        ({**manifest.tensors, name: tensor._replace(slices=())}, "not covered exactly once"),
     ):
         with pytest.raises(Corrupt, match=says):
             get(store, replace(manifest, tensors=tensors).sealed(), tmp_path / "out")

@@ -17,9 +17,10 @@ from shared.catalog import Catalog, check_layout
 from shared.errors import Corrupt, UsageError, WrongBase
 from shared.fetch import WEIGHTS, fetch
 from shared.layout import Layout, version_of
-from shared.manifest import Canary, LoraShape, Manifest, Parent, Shard, Slice, Tensor
+from shared.manifest import Canary, LoraShape, Manifest, Parent, Shard, Signature
 from shared.peft_names import expected_tensors, wire_order
 from shared.stores import open_store
+from shared.tensor_table import Slice, Tensor, whole_tensor
 from shared.versions import Version, parse_served_name, served_name
 
 GOLDEN = Path(__file__).parent / "data" / "layout-1"
@@ -33,12 +34,16 @@ MANIFEST = Manifest(
     lora=LoraShape(8, 16, 8, ("linear_qkv",)),
     parallel={"tp": 2},
     encoding="bf16",
-    shards=(Shard("policy/data/x/rank-0.safetensors", 10, "aa", ("bb", "cc")),),
+    shards=(Shard("policy/data/x/rank-0.safetensors", 20 << 20, ("bb" * 32, "cc" * 32)),),
     tensors={"q": Tensor("BF16", (4, 3), (Slice(0, "q@0,0", (0, 0), (2, 3)), Slice(0, "q@2,0", (2, 0), (2, 3))))},
     aliases={"k": "q"},
     training={"step": 3, "loss": 0.1, "note": "ü \N{SNOWMAN}"},
     canary=Canary(((1, 2, 3),), ((-0.1, -0.2),), 1e-3),
 )
+
+
+def golden(number: int) -> bytes:
+    return (GOLDEN / f"store/policy/manifests/00000001-{number:012d}.json").read_bytes()
 
 
 def resealed(change: Any) -> bytes:
@@ -76,6 +81,57 @@ def test_any_changed_byte_is_noticed():
             Manifest.parse(bytes(changed), key="k")
 
 
+def test_a_signature_changes_neither_the_digest_nor_what_reads_back():
+    signed = replace(MANIFEST, signature=Signature("0123456789abcdef", "ab" * 64)).sealed()
+    assert signed.digest == MANIFEST.sealed().digest
+    assert signed.to_bytes() != MANIFEST.to_bytes()
+    again = Manifest.parse(signed.to_bytes(), key="k")
+    assert (again, again.digest, again.to_bytes()) == (signed, signed.digest, signed.to_bytes())
+    assert again != MANIFEST
+
+
+def spelt(changed: bytes) -> bytes:
+    """Another spelling of the manifest's values, under the digest of its own bytes."""
+    start = changed.index(b'"digest":"', changed.index(b'"canary"')) + 10
+    body = changed[: start - 10] + changed[start + 66 :]
+    return changed[:start] + hashlib.sha256(body).hexdigest().encode() + changed[start + 64 :]
+
+
+@pytest.mark.parametrize(
+    ("canonical", "other"),
+    [
+        (b'"aliases":', b'"aliases": '),
+        (b'"epoch":1', b'"epoch":1,"epoch":1'),
+        (b'"tolerance":0.001', b'"tolerance":1e-3'),
+        (b'"encoding":"bf16"', b'"encoding":"bf1\\u0036"'),
+        (b'{"key":"policy', b'{"key":"","key":"policy'),
+        (b'"dtype":"BF16","shape":[4,3]', b'"shape":[4,3],"dtype":"BF16"'),
+        (b'"slices":', b'"about":0,"slices":'),
+    ],
+)
+def test_another_spelling_of_the_same_values_is_corrupt(canonical: bytes, other: bytes):
+    content = MANIFEST.to_bytes()
+    assert spelt(content) == content and canonical in content
+    with pytest.raises(Corrupt, match="not in canonical form"):
+        Manifest.parse(spelt(content.replace(canonical, other, 1)), key="k")
+
+
+def test_a_whole_tensor_has_a_short_form_and_no_long_one():
+    whole = replace(MANIFEST, tensors={"q": whole_tensor("BF16", (4, 3), 0, "q")})
+    fields = {"dtype": "BF16", "shape": [4, 3], "shard": 0}
+    assert strict_json.load_object(whole.to_bytes(), key="", max_bytes=1 << 20)["tensors"] == {"q": fields}
+    assert Manifest.parse(whole.to_bytes(), key="k") == whole
+    slices = [{"name": "q", "offset": [0, 0], "shape": [4, 3], "shard": 0}]
+    long = resealed(lambda body: body.update(tensors={"q": {"dtype": "BF16", "shape": [4, 3], "slices": slices}}))
+    with pytest.raises(Corrupt, match="not in canonical form"):
+        Manifest.parse(long, key="k")
+
+
+def test_fields_that_a_later_lorasync_adds_are_ignored_and_counted_in_the_digest():
+    manifest = Manifest.parse(resealed(lambda body: body.update(colour="blue")), key="k")
+    assert manifest == MANIFEST and manifest.digest != MANIFEST.sealed().digest
+
+
 def test_any_truncation_is_noticed():
     content = MANIFEST.to_bytes()
     for length in range(len(content)):
@@ -98,6 +154,12 @@ def test_a_newer_layout_asks_for_an_upgrade_of_the_reader():
         lambda body: body["base"].update(weights_sha256=5),
         lambda body: body["shards"][0].update(key="../../etc/passwd"),
         lambda body: body["shards"][0].update(size=1.5),
+        lambda body: body["shards"][0].update(size=33 << 20),
+        lambda body: body["shards"][0].update(parts=["bb" * 32]),
+        lambda body: body["shards"][0].update(parts=["bb" * 32, "CC" * 32]),
+        lambda body: body["parent"].update(digest="ab"),
+        lambda body: body.update(signature={}),
+        lambda body: body.update(signature={"key": "k", "ed25519": "00" * 64}),
         lambda body: body["tensors"]["q"].update(dtype="I64"),
         lambda body: body["tensors"]["q"].update(shape=[4]),
         lambda body: body["tensors"]["q"]["slices"][0].update(shard=1),
@@ -105,6 +167,7 @@ def test_a_newer_layout_asks_for_an_upgrade_of_the_reader():
         lambda body: body["tensors"]["q"].update(shape=[10**400, 3]),
         lambda body: body["aliases"].update(v="nothing"),
         lambda body: body["canary"].update(logprobs=[[-0.1]]),
+        lambda body: body["canary"].update(tolerance="0.1"),
         lambda body: body.update(parent="none"),
     ],
 )
@@ -158,19 +221,19 @@ def test_a_manifest_under_another_versions_name_is_corrupt(tmp_path: Path):
         Catalog(store, "policy").manifest(Version(1, 3))
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_manifest_written_by_layout_1_is_still_read_to_the_same_bytes(number: int):
-    content = (GOLDEN / f"store/policy/manifests/00000001-{number:012d}.json").read_bytes()
+@pytest.mark.parametrize(("number", "ranks"), [(0, 3), (1, 3), (2, 1)])
+def test_a_manifest_written_by_layout_1_is_still_read_to_the_same_bytes(number: int, ranks: int):
+    content = golden(number)
     manifest = Manifest.parse(content, key="golden")
     assert manifest.to_bytes() == content
-    assert (manifest.version, manifest.parallel["tp"]) == (Version(1, number), 3)
-    assert manifest.canary == Canary(((1, 2, 3),), ((-0.5, -1.25),), 0.01)
+    assert (manifest.version, manifest.parallel["tp"], len(manifest.shards)) == (Version(1, number), ranks, ranks)
+    assert manifest.canary == (Canary(((1, 2, 3),), ((-0.5, -1.25),), 0.01) if ranks > 1 else None)
 
 
 def test_a_version_written_by_three_ranks_under_layout_1_still_assembles_to_the_same_bytes(tmp_path: Path):
     catalog = Catalog(open_store(str(GOLDEN / "store")), "policy")
     check_layout(catalog.store, catalog.layout)
-    assert catalog.hint() is not None and catalog.newest() == Version(1, 1)
+    assert catalog.hint() is not None and catalog.newest() == Version(1, 2)
     manifest = catalog.manifest(Version(1, 1))
     assert manifest.parent == Parent(Version(1, 0), catalog.manifest(Version(1, 0)).digest)
     identify(GOLDEN / "base").demand(manifest.base, version="1")
@@ -178,6 +241,14 @@ def test_a_version_written_by_three_ranks_under_layout_1_still_assembles_to_the_
     out = fetch(catalog.store, manifest, expected, tmp_path / "out", base_name="base")
     assert hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest() == GOLDEN_WEIGHTS_SHA256
     assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 4
+
+
+def test_a_lone_ranks_version_written_under_layout_1_is_fetched_as_it_is_stored(tmp_path: Path):
+    catalog = Catalog(open_store(str(GOLDEN / "store")), "policy")
+    manifest = catalog.manifest(Version(1, 2))
+    expected = expected_tensors(read_base_config(GOLDEN / "base"), manifest.lora.targets, manifest.lora.rank)
+    out = fetch(catalog.store, manifest, expected, tmp_path / "out", base_name="base")
+    assert (out / WEIGHTS).read_bytes() == catalog.store.get(manifest.shards[0].key)
 
 
 @pytest.mark.parametrize("part", ["model_type", "config_sha256", "weights_sha256"])

@@ -385,9 +385,11 @@ def test_a_lasting_error_of_the_store_ends_the_publisher_and_the_next_submit_say
 
 
 def test_an_alias_travels_once_and_reads_back_under_every_name():
-    pieces, alias_of = encode(slices(synthetic.factors(0)), rank=4, alpha=8, encoding="bf16", aliases=True)
-    assert len(pieces) > 0 and set(alias_of.values()) <= {piece.tensor for piece in pieces}
-    assert {piece.tensor for piece in pieces} | set(alias_of) == set(synthetic.EXPECTED)
+    order = {name: position for position, name in enumerate(synthetic.EXPECTED)}
+    shard = encode(slices(synthetic.factors(0)), order, rank=4, alpha=8, encoding="bf16", aliases=True)
+    stored = {piece.tensor for piece in shard.slices}
+    assert stored and set(shard.aliases.values()) <= stored
+    assert stored | set(shard.aliases) == set(synthetic.EXPECTED)
 
 
 def test_the_protocol_holds_on_memory_as_it_does_on_a_directory(base: Path, tmp_path: Path):

@@ -42,10 +42,10 @@ class Deadly(LocalStore):
 
     def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         def halved() -> Iterable[bytes | memoryview]:
-            for number, chunk in enumerate(chunks):
-                if number == 20:
-                    self._die_if("half a shard", key)
-                yield chunk
+            for chunk in chunks:
+                yield chunk[: len(chunk) // 2]
+                self._die_if("half a shard", key)
+                yield chunk[len(chunk) // 2 :]
 
         super().put_stream(key, halved(), size)
         self._die_if("the shard", key)

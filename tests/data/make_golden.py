@@ -1,4 +1,6 @@
-"""How tests/data/layout-1 was made, once: three ranks, slices, aliases, a parent, a canary. Not run again.
+"""How tests/data/layout-1 was made, once: three ranks, slices, aliases, a parent, a canary; then a lone rank's file.
+
+Not run again.
 
 A file of an older layout proves that today's readers still read it, so it is never made anew: a new layout gets a new
 directory beside it. Run from the repository root with a directory that does not exist yet:
@@ -17,7 +19,7 @@ import synthetic
 from publisher.commit import Heading, Rank, commit, put_shard
 from publisher.convert import convert
 from publisher.epochs import Claim
-from publisher.shard import encode, in_wire_order, wire_scale
+from publisher.shard import encode, wire_scale
 from shared import strict_json
 from shared.base_model import identify
 from shared.layout import Layout
@@ -32,7 +34,7 @@ BASE = {**synthetic.BASE, **CHANGES}
 
 
 def main(directory: Path) -> None:
-    """Write a store with one adapter of two versions, and the base model that they are for."""
+    """Write a store with one adapter of three versions, and the base model that they are for."""
     base = synthetic.write_base(directory / "base", **CHANGES)
     store, layout, claim = open_store(str(directory / "store")), Layout(synthetic.ADAPTER), Claim(1, "0123456789ab")
     store.put(layout.layout, strict_json.dumps({"layout": 1, "uuid": "0" * 32}))
@@ -41,7 +43,7 @@ def main(directory: Path) -> None:
     expected = expected_tensors(BASE, lora.targets, lora.rank)
     order = {name: position for position, name in enumerate(expected)}
     parent: Parent | None = None
-    for number in range(2):
+    for number, world in enumerate((WORLD, WORLD, 1)):
         heading = Heading(
             adapter=synthetic.ADAPTER,
             version=Version(1, number),
@@ -49,17 +51,18 @@ def main(directory: Path) -> None:
             base=identify(base),
             base_name="base",
             lora=LoraShape(lora.rank, lora.alpha, wire_scale(lora.rank, lora.alpha)[1], lora.targets),
-            parallel={"tp": WORLD, "pp": 1, "ep": WORLD, "etp": 1, "dp": 1},
+            parallel={"tp": world, "pp": 1, "ep": world, "etp": 1, "dp": 1},
             encoding=lora.encoding,
             training={"step": number, "loss": 0.25, "submitted_at": 1_795_000_001.5 + number},
-            canary=Canary(sequences=((1, 2, 3),), logprobs=((-0.5, -1.25),), tolerance=0.01),
+            canary=Canary(sequences=((1, 2, 3),), logprobs=((-0.5, -1.25),), tolerance=0.01) if world > 1 else None,
         )
         whole = synthetic.factors(number, BASE)
-        for rank in range(WORLD):
-            slices = convert(BASE, synthetic.rank_factors(whole, rank, WORLD))
-            pieces, aliases = encode(slices, rank=lora.rank, alpha=lora.alpha, encoding=lora.encoding, aliases=True)
-            put_shard(store, layout, claim, heading, Rank(rank, WORLD), in_wire_order(pieces, order), aliases)
-        manifest = commit(store, layout, claim, heading, WORLD, expected)
+        for rank in range(world):
+            slices = convert(BASE, synthetic.rank_factors(whole, rank, world))
+            options: dict[str, Any] = {"encoding": lora.encoding, "aliases": world > 1}
+            shard = encode(slices, order, rank=lora.rank, alpha=lora.alpha, **options)
+            put_shard(store, layout, claim, heading, Rank(rank, world), shard)
+        manifest = commit(store, layout, claim, heading, world, expected)
         assert manifest is not None
         parent = Parent(manifest.version, manifest.digest)
 
