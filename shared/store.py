@@ -8,13 +8,14 @@ Keys are relative, `/`-separated, and checked: a key can't leave the store.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.errors import UsageError
+from shared.errors import StoreError, UsageError
 
 MAX_KEY_LENGTH = 512  # characters
+MAX_EXCLUSIVE_BYTES = 100_000_000  # of one conditional request; a multipart create has many winners on some servers
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@\-]*(/[A-Za-z0-9][A-Za-z0-9_.@\-]*)*")
 
@@ -77,6 +78,9 @@ class Store(Protocol):
         Returns:
             True if the object now holds `content` (written now, or by an earlier try whose answer was lost);
             False if another's bytes stand there.
+
+        Raises:
+            StoreError: `content` has more than MAX_EXCLUSIVE_BYTES.
         """
         ...
 
@@ -84,7 +88,10 @@ class Store(Protocol):
         """Write a large object under a name that is never reused.
 
         Args:
-            chunks: `size` bytes in all; read once, in order.
+            chunks: `size` bytes in all; read once, in order. An error out of them passes as it is.
+
+        Raises:
+            StoreError: the chunks made another size, or the store failed; nothing stands under the key.
         """
         ...
 
@@ -102,6 +109,8 @@ class Store(Protocol):
 
     def sweep(self, prefix: str, older_than_s: float) -> int:
         """Remove what killed writers left unfinished below `prefix/` (hidden files, multipart uploads).
+
+        Stores where an unfinished write leaves nothing, or which remove it by themselves, have nothing to do.
 
         Args:
             older_than_s: by the store's own clock; younger ones may still be written.
@@ -121,3 +130,32 @@ def check_key(key: str) -> str:
     if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
         raise UsageError(f"not a key of the store: {key[:80]!r}", op="check key")
     return key
+
+
+def exactly(chunks: Iterable[bytes | memoryview], size: int, key: str) -> Iterator[memoryview]:
+    """The chunks as flat views of bytes, provided that they make `size` bytes in all.
+
+    Raises:
+        StoreError: they are too many, seen before the last is yielded, or too few, seen at the end.
+    """
+    made = 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        made += len(view)
+        if made > size:
+            break
+        yield view
+    if made != size:
+        said = f"at least {made}" if made > size else str(made)
+        raise StoreError(f"the chunks made {said} bytes, not {size}", op="put", key=key)
+
+
+def demand_exclusive_size(content: bytes, key: str) -> None:
+    """Check that an object may be written by `put_if_absent`.
+
+    Raises:
+        StoreError: it is too large.
+    """
+    if len(content) > MAX_EXCLUSIVE_BYTES:
+        problem = f"{len(content)} bytes, more than the {MAX_EXCLUSIVE_BYTES} of one conditional request"
+        raise StoreError(problem, op="put if absent", key=key)

@@ -3,27 +3,43 @@
 import contextlib
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import StoreError, StoreUnfit, UsageError
 from shared.local_store import LocalStore
 from shared.store import Store
 
+Client = Literal["fsspec", "obstore"]
 
-def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
+S3_SCHEMES = ("s3", "s3a")
+
+
+def open_store(url: str, options: Mapping[str, Any] | None = None, client: Client = "fsspec") -> Store:
     """Open the store at a URL; nothing is read or written yet.
 
     Args:
         url: file:///path, /path, s3://bucket/prefix, gs://, az://, memory://, or any scheme that fsspec knows.
         options: handed to the fsspec filesystem (endpoint_url, key, secret, ...). Without them the scheme's usual
             environment applies (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+        client: what speaks to an object store: fsspec's package for the scheme, or obstore. Directories and memory
+            have one way only.
 
     Raises:
-        UsageError: unknown scheme, or the scheme's package is not installed.
+        UsageError: unknown scheme, no bucket, or the package is not installed.
     """
-    scheme = url.split("://", 1)[0] if "://" in url else "file"
+    scheme, _, path = url.partition("://") if "://" in url else ("file", "", url)
     if scheme in ("file", "local"):
         return LocalStore(url)
+    if scheme != "memory" and not path.strip("/"):
+        raise UsageError("no bucket in the store URL", op="open store", key=url, hint=f"Write {scheme}://bucket/prefix")
+    if client == "obstore" and scheme != "memory":
+        from shared.obstore_store import ObstoreStore
+
+        return ObstoreStore(url, options or {})
+    if scheme in S3_SCHEMES:
+        from shared.s3_store import S3Store
+
+        return S3Store(url, options or {})
     from shared.object_store import ObjectStore
 
     return ObjectStore(url, options or {})

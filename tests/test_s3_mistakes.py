@@ -5,12 +5,13 @@ The commands that only read a store: tests/test_bad_input.py.
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pytest
 from s3_server import S3Server
 
 from rollout.demo.settings import DemoOptions, main_config, write_config
-from shared import object_store
+from shared import retry
 from shared.errors import StoreError
-from shared.stores import open_store
+from shared.obstore_store import ObstoreStore
+from shared.retry import Retry
+from shared.s3_store import S3Store
+from shared.store import Store
 
 WITHIN_S = 60.0  # 1 s on an idle machine, 5 s where nobody listens; torch and Megatron are imported in it
 NOBODY = "http://127.0.0.1:1"
@@ -93,9 +97,8 @@ def test_endpoint_and_credentials_come_from_a_file_or_from_flags_as_well(s3: S3S
 
 
 @pytest.fixture
-def mute() -> Iterator[tuple[str, list[socket.socket]]]:
-    """A server that accepts connections and reads, and never says a word: its URL, and what it accepted."""
-    connections: list[socket.socket] = []
+def mute() -> Iterator[str]:
+    """A server that accepts connections, reads no more than its kernel's buffers take, and never says a word."""
     with socket.socket() as listener, contextlib.ExitStack() as accepted:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -103,26 +106,65 @@ def mute() -> Iterator[tuple[str, list[socket.socket]]]:
         def accept() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    connections.append(accepted.enter_context(listener.accept()[0]))
+                    accepted.enter_context(listener.accept()[0])
 
         thread = threading.Thread(target=accept)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
-@pytest.mark.parametrize("operation", ["get", "list", "put", "put_if_absent", "put_stream"])
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Retry:
+    """Two attempts, of which each may take half a second without a byte and half a second for 16 MiB."""
+    monkeypatch.setattr(retry, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(retry, "READ_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(retry, "SLOWEST_BYTES_PER_S", 32 << 20)
+    return Retry(attempts=2, first_wait_s=0.01)
+
+
+CLIENTS = {"fsspec": S3Store, "obstore": ObstoreStore}
+
+
+def opened(client: str, endpoint: str, again: Retry) -> Store:
+    return CLIENTS[client]("s3://bucket/x", {"endpoint_url": endpoint, "key": "k", "secret": "s"}, again)
+
+
+OPERATIONS: dict[str, tuple[Callable[[Store], Any], str]] = {  # name: a call, and what its error calls it
+    "get": (lambda store: store.get("a/b"), "get"),
+    "get_range": (lambda store: store.get_range("a/b", 0, 9), "get"),
+    "get_if_changed": (lambda store: store.get_if_changed("a/b", "tag"), "get"),
+    "list": (lambda store: store.list("a/b"), "list"),
+    "put": (lambda store: store.put("a/b", b"x"), "put"),
+    "put_if_absent": (lambda store: store.put_if_absent("a/b", b"x"), "put if absent"),
+    "put_stream": (lambda store: store.put_stream("a/b", [b"x"], 1), "put"),
+    "put_stream in parts": (lambda store: store.put_stream("a/b", [bytes(17 << 20)], 17 << 20), "put"),
+    "delete": (lambda store: store.delete("a/b"), "delete"),
+    "sweep": (lambda store: store.sweep("a/b", 0), "sweep"),
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_operation_waits_without_end_for_a_server_that_never_answers(
-    mute: tuple[str, list[socket.socket]], monkeypatch: pytest.MonkeyPatch, operation: str
+    mute: str, impatient: Retry, client: str, operation: str
 ):
-    monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(object_store, "RETRY_FOR_S", 0.0)
-    store = open_store("s3://bucket/x", {"endpoint_url": mute[0], "key": "k", "secret": "s"})
-    content: dict[str, Any] = {"put": b"x", "put_if_absent": b"x", "put_stream": [b"x"]}
-    began = time.monotonic()
-    with pytest.raises(StoreError, match="Read timeout") as caught:
-        getattr(store, operation)("a/b", *([content[operation]] if operation in content else []))
-    assert caught.value.retryable
-    assert time.monotonic() - began < 10
-    assert len(mute[1]) == object_store.S3FS_ATTEMPTS  # each of them takes READ_TIMEOUT_S
+    call, name = OPERATIONS[operation]
+    store, began = opened(client, mute, impatient), time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        call(store)
+    assert (caught.value.op, caught.value.key, caught.value.retryable) == (name, "a/b", True)
+    assert re.search(r"\([12] attempts?, \d\.\d s\)", caught.value.message), caught.value
+    assert time.monotonic() - began < WITHIN_S
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_server_that_stops_reading_in_the_middle_of_an_upload_is_given_up(mute: str, impatient: Retry, client: str):
+    """aiohttp's read timeout begins when the body is sent, which never comes."""
+    store, began = opened(client, mute, impatient), time.monotonic()
+    with pytest.raises(StoreError, match="within") as caught:
+        store.put("a/b", bytes(16 << 20))
+    assert (caught.value.op, caught.value.key, caught.value.retryable) == ("put", "a/b", True)
+    assert str(caught.value).startswith("put: ")
+    assert time.monotonic() - began < WITHIN_S

@@ -10,8 +10,10 @@ from typing import Any
 
 import fsspec
 import pytest
+import store_openers
 from fsspec.implementations.memory import MemoryFileSystem
 from s3_server import S3Server
+from store_openers import Opener
 
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.local_store import LocalStore
@@ -21,19 +23,11 @@ from shared.stores import open_store, probe
 WRITERS = 8
 ROUNDS = 8
 
-Opener = Callable[[], Store]
 
-
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=store_openers.STORES)
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens the same empty store again and again, as several processes would."""
-    name = uuid.uuid4().hex
-    if request.param == "file":
-        return lambda: open_store(f"file://{tmp_path}/{name}")
-    if request.param == "memory":
-        return lambda: open_store(f"memory://{name}")
-    server: S3Server = request.getfixturevalue("s3")
-    return lambda: open_store(server.url(name), server.options)
+    return store_openers.opened(request.param, request, tmp_path)
 
 
 @pytest.fixture

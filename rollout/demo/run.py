@@ -38,7 +38,7 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     began = time.monotonic()
     config = main_config(options)
     demand_shared(config.store.url)
-    store = open_store(config.store.url, config.store.options)
+    store = open_store(config.store.url, config.store.options, config.store.client)
     for adapter in (config.store.adapter, frozen_config(options).store.adapter):
         demand_unused(store, adapter)
     probe(store, Layout(config.store.adapter).probes)
@@ -121,7 +121,9 @@ def _further(options: DemoOptions, config: Config, main_file: Path) -> list[str]
 
 def _run(config: Config, file: Path, logs: Path, view: View, *, frozen: bool = False) -> RunState:
     """A trainer and a rollout node, until training has ended and its last version is evaluated."""
-    progress = RunReader(Catalog(open_store(config.store.url, config.store.options), config.store.adapter))
+    progress = RunReader(
+        Catalog(open_store(config.store.url, config.store.options, config.store.client), config.store.adapter)
+    )
     train = ["train", "--config", str(file), *(["--frozen"] if frozen else [])]
     deadline = time.monotonic() + RUN_TIMEOUT_S
     state = RunState()
