@@ -25,7 +25,7 @@ from shared.catalog import Catalog
 from shared.errors import Corrupt, KeyMissing
 from shared.fates import Fate, Fates
 from shared.layout import rollback_of, version_of
-from shared.leases import read_leases, store_now
+from shared.leases import FORGET_AFTER_S, read_leases, store_now
 from shared.manifest import VOID
 from shared.versions import Version
 
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 LEFTOVER_AFTER_S = 3600.0  # of unfinished writes
-FORGET_LEASE_AFTER_S = 86400.0  # its reader is long dead; a living one renews, or takes another
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def sweep(catalog: Catalog) -> Swept:
 def forget_leases(catalog: Catalog, seen: Seen) -> None:
     """Delete leases that lapsed long ago. Their holders never write under these names again."""
     for entry in seen.leased.lapsed:
-        if seen.now - entry.modified > FORGET_LEASE_AFTER_S:
+        if seen.now - entry.modified > FORGET_AFTER_S:
             catalog.store.delete(entry.key)
 
 

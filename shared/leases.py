@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 TTL_S = 300.0
 MAX_TTL_S = 3600.0  # an older lease has lapsed, whatever it says
+FORGET_AFTER_S = 86400.0  # its reader is long dead: its object may go
 RENEWALS = 3  # in ttl_s
 GRAIN_S = 5.0  # of a store's times: S3 tells whole seconds, and its servers' clocks differ a little
 MAX_LEASE_BYTES = 100_000
