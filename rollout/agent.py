@@ -22,8 +22,9 @@ from rollout.router import Router
 from rollout.watch import Watcher
 from shared import strict_json
 from shared.catalog import Catalog
-from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError
+from shared.errors import Corrupt, EngineError, KeyMissing, LorasyncError, StoreError
 from shared.manifest import Manifest
+from shared.outage import Outage
 from shared.versions import Version, parse_served_name
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Agent:
         self._retired = False  # whether the round before unloaded something
         self._at_hand: Version | None = None
         self._failures_in_a_row, self._rest_until = 0, 0.0  # with the version at hand
+        self._outage = Outage("agent")
         self._routing = threading.Lock()
         self._engine_gone = False
 
@@ -133,6 +135,9 @@ class Agent:
                 log.warning("engine lost its adapters, loading them again")
                 self.engine_lost()
                 self._watcher.wake()
+            elif wanted is None or (self._router.routed and self._router.routed.version == wanted):  # nothing undone
+                self._failures_in_a_row = 0
+                self._outage.answered()
         except LorasyncError as error:
             self._count(error, wanted)
             return Action.WAIT
@@ -237,7 +242,9 @@ class Agent:
         if isinstance(error, Corrupt | EngineError) and not error.retryable and wanted is not None:
             self._tries[wanted] += 1
         quarantined = wanted in self.quarantined
-        if quarantined or str(error) != self.health.last_error or self._failures_in_a_row == 1:
+        if isinstance(error, StoreError) and error.retryable:
+            self._outage.failed(error)
+        elif quarantined or str(error) != self.health.last_error or self._failures_in_a_row == 1:
             state = "quarantined" if quarantined else "will try again"
             log.warning("version=%s failed (%s): %s", wanted, state, error)
         self.health.last_error = str(error)

@@ -12,6 +12,7 @@ from trajectory_fleet import make_group, put_groups
 from shared.errors import LorasyncError, StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
+from shared.outage import QUIET_S
 from shared.store import Entry
 from shared.versions import Version
 from trainer.intake import Group, Intake, Position, Rules
@@ -341,6 +342,9 @@ def test_a_store_that_fails_for_a_while_is_waited_for_and_said_twice(store, cloc
     intake = intake_of(Flaky(store.url), clock)
     with caplog.at_level("WARNING"):
         assert take(intake, 1, V(1, 0)) == ["a"]
+        clock.wait(QUIET_S)
+        put(store, V(1, 0), "b", "b")
+        assert take(intake, 1, V(1, 0)) == ["b"]
     assert intake.store_failures == 3
     said = [record.message for record in caplog.records]
     assert len(said) == 2, "once when it begins to fail, once when it answers again"

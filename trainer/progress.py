@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from publisher.outage import Outage
 from shared import strict_json
 from shared.catalog import Catalog
 from shared.errors import StoreError
 from shared.layout import Layout
+from shared.outage import Outage
 from shared.store import Store
 
 log = logging.getLogger(__name__)
