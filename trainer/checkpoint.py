@@ -5,16 +5,17 @@
                                               lineage, data position, name and digest of the other, ...}}
 
 Promises: a checkpoint without its JSON does not exist; bytes are checked against their digest before they are used;
-no pickle. Writing runs behind the step, one at a time; the newest two are kept, so damage to one costs steps, not the
-run. The newest is the highest (epoch, step): a zombie of a lower epoch can't displace its successor's, and before its
-successor has one, it may not commit its own: the successor resumed without it, and a third life would go on from it.
+no pickle. Writing runs behind the step, one at a time; the newest two or more are kept, so damage to one costs steps,
+not the run, and a rollback finds one of its past. The newest is the highest (epoch, step): a zombie of a lower epoch
+can't displace its successor's, and before its successor has one, it may not commit its own: the successor resumed
+without it, and a third life would go on from it.
 """
 
 import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,7 @@ from publisher.epochs import demand_unfenced
 from shared import strict_json
 from shared.errors import Corrupt, Fenced, KeyMissing, StoreError
 from shared.layout import Layout
-from shared.object_store import MAX_EXCLUSIVE_BYTES
-from shared.store import Store
+from shared.store import MAX_EXCLUSIVE_BYTES, Store
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
 
-def write(store: Store, layout: Layout, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint, then remove all but the newest KEEP, with what lost or fenced writes left behind.
+def write(store: Store, layout: Layout, checkpoint: Checkpoint, keep: int = KEEP) -> None:
+    """Put a checkpoint, then remove all but the newest `keep`, with what lost or fenced writes left behind.
 
     Raises:
         Fenced: a later life has begun, or this (epoch, step) is taken by another's state.
@@ -76,20 +76,28 @@ def write(store: Store, layout: Layout, checkpoint: Checkpoint) -> None:
     if not store.put_if_absent(f"{folder}/state.json", strict_json.dumps({"sha256": _digest(body), "body": body})):
         raise Fenced("another trainer wrote this checkpoint", op="write checkpoint", key=folder)
     log.info("checkpoint epoch=%d step=%d bytes=%d", checkpoint.epoch, checkpoint.step, len(content))
-    _delete_old(store, layout)
+    _delete_old(store, layout, keep)
 
 
-def newest(store: Store, layout: Layout, known: Checkpoint | None = None) -> Checkpoint | None:
+def newest(
+    store: Store,
+    layout: Layout,
+    known: Checkpoint | None = None,
+    fits: Callable[[int, int], bool] = lambda _epoch, _step: True,
+) -> Checkpoint | None:
     """Read the newest checkpoint, or the one before it if that is damaged; None if there is none.
 
     Args:
         known: what an earlier call found; returned as it is while no newer one is there.
+        fits: whether a checkpoint of this epoch and step may be gone on from.
 
     Raises:
         Corrupt: there are checkpoints, and none can be read.
     """
     damage: Corrupt | None = None
     for folder in reversed(_committed(_folders(store, layout))):
+        if not fits(*_place(folder)):
+            continue
         if known and folder == layout.checkpoint(known.epoch, known.step):
             return known
         try:
@@ -146,9 +154,19 @@ def _committed(folders: Mapping[str, list[str]]) -> list[str]:
     return [folder for folder, keys in folders.items() if f"{folder}/state.json" in keys]
 
 
-def _delete_old(store: Store, layout: Layout) -> None:
+def places(store: Store, layout: Layout) -> list[tuple[int, int]]:
+    """The (epoch, step) of every whole checkpoint, oldest first."""
+    return [_place(folder) for folder in _committed(_folders(store, layout))]
+
+
+def _place(folder: str) -> tuple[int, int]:
+    epoch, _, step = folder.rpartition("/")[2].partition("-")
+    return int(epoch), int(step)
+
+
+def _delete_old(store: Store, layout: Layout, keep: int) -> None:
     folders = _folders(store, layout)
-    oldest_kept = _committed(folders)[-KEEP:][0]
+    oldest_kept = _committed(folders)[-keep:][0]
     for folder, keys in folders.items():
         if folder < oldest_kept:
             # The JSON first: what is left after a crash in between is no checkpoint.
@@ -163,8 +181,8 @@ class CheckpointWriter:
     good. Other errors come out of the next call.
     """
 
-    def __init__(self, store: Store, layout: Layout) -> None:
-        self._store, self._layout, self.missed = store, layout, 0
+    def __init__(self, store: Store, layout: Layout, keep: int = KEEP) -> None:
+        self._store, self._layout, self._keep, self.missed = store, layout, keep, 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -175,7 +193,7 @@ class CheckpointWriter:
             LorasyncError: what went wrong with the one before.
         """
         self._settle()
-        self._pending = self._executor.submit(write, self._store, self._layout, checkpoint)
+        self._pending = self._executor.submit(write, self._store, self._layout, checkpoint, self._keep)
 
     def close(self) -> None:
         """Wait for what was submitted, and raise what went wrong with it."""

@@ -4,6 +4,9 @@ A claim fences whoever trains now, so everything that may speak against beginnin
 configuration does not end a healthy trainer. Worked through: trainer A is at step 20. B starts with another rank, finds
 A's checkpoint, says so and leaves; A never learns of it. C starts with the same configuration, claims, and looks once
 more, for A may have committed step 25 in between; from the claim on A can commit nothing.
+
+After a rollback (`publisher.rollback`) a life goes on from the newest checkpoint on the way to the weights that were
+gone back to, and from none that came later: those lead to what was rolled back.
 """
 
 import logging
@@ -12,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from publisher.epochs import Claim, claim_epoch
+from publisher.rollback import last_rollback
 from shared.base_model import BaseIdentity
 from shared.catalog import Catalog
 from shared.config import Config
@@ -20,9 +24,9 @@ from shared.layout import Layout
 from shared.manifest import Manifest
 from shared.store import Store
 from shared.versions import Version
-from trainer.checkpoint import Checkpoint, newest
+from trainer.checkpoint import Checkpoint, newest, places
 from trainer.intake import Group, Position, staleness
-from trainer.lineage import Lineage
+from trainer.lineage import Lineage, Past
 
 log = logging.getLogger(__name__)
 
@@ -92,24 +96,28 @@ class Beginning:
             The life, and the checkpoint whose tensors it goes on with, if there is one.
 
         Raises:
-            UsageError: the checkpoint was trained with another configuration, or the run is frozen and there is one.
+            UsageError: the checkpoint was trained with another configuration, or the run is frozen and there is one; or
+                there was a rollback, and no checkpoint of its past is kept.
             Corrupt: every checkpoint is damaged, or made on another base model (WrongBase).
             Fenced: others kept winning the claim.
         """
-        seen = newest(store, layout)
+        catalog = Catalog(store, layout.adapter)
+        seen = self._newest(store, layout, _past(catalog))
         if seen is not None:
             self._saved(seen, layout)
         claim = claim_epoch(store, layout, clock)
-        checkpoint = newest(store, layout, known=seen)
+        past = _past(catalog)
+        checkpoint = self._newest(store, layout, past, known=seen)
         if checkpoint is None:
             return Life(claim, Lineage(claim.epoch), started_at=clock()), None
         saved, number = self._saved(checkpoint, layout), checkpoint.step // self._publish_every
         saved.totals.lives += 1
-        parent = _parent(Catalog(store, layout.adapter), saved.lineage, number)
+        lineage = saved.lineage.resumed(claim.epoch, number, past.rollback if past else None)
+        parent = _parent(catalog, lineage, number)
         log.info("resumed epoch=%d step=%d parent=%s", claim.epoch, checkpoint.step, parent and parent.version)
         life = Life(
             claim,
-            saved.lineage.resumed(claim.epoch, number),
+            lineage,
             started_at=clock(),
             step=checkpoint.step,
             parent=parent,
@@ -118,6 +126,28 @@ class Beginning:
             last=saved.last,
         )
         return life, checkpoint
+
+    def _newest(
+        self, store: Store, layout: Layout, past: Past | None, known: Checkpoint | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint, after a rollback that of its past.
+
+        Raises:
+            UsageError: there are checkpoints, and all lead to what was rolled back.
+        """
+        if past is None:
+            return newest(store, layout, known)
+        found = newest(store, layout, known, lambda epoch, step: past.holds(epoch, step, self._publish_every))
+        if found is None and (kept := places(store, layout)):
+            steps = ", ".join(f"step {step} of epoch {epoch}" for epoch, step in kept)
+            raise UsageError(
+                f"no checkpoint of the past of rollback {past.rollback}, which went back to step {past.step}",
+                op="resume",
+                key=layout.checkpoints,
+                hint=f"Kept are {steps}. Roll back to a version from there on (retention.keep_checkpoints keeps more), "
+                "or delete the adapter's checkpoints/ to begin anew from the base model",
+            )
+        return found
 
     def state(self, life: Life) -> dict[str, Any]:
         """A life as JSON; a copy, which does not change when the life goes on."""
@@ -162,10 +192,29 @@ class Beginning:
         return saved
 
 
-def _parent(catalog: Catalog, before: Lineage, number: int) -> Manifest | None:
+def _past(catalog: Catalog) -> Past | None:
+    """What the newest rollback went back to, if there was one.
+
+    Raises:
+        Corrupt: it does not say so.
+    """
+    rollback = last_rollback(catalog)
+    if rollback is None:
+        return None
+    training = rollback.training
+    try:
+        # Who publishes without saying where it comes from vouches for no life but the version's own.
+        lineage = Lineage.from_json(training["lineage"]) if "lineage" in training else Lineage(rollback.origin.epoch)
+        return Past(rollback.version, int(training["step"]), lineage)
+    except (LookupError, TypeError, ValueError) as error:
+        problem = f"its marker does not say what it went back to: {error!r}"
+        raise Corrupt(problem, op="resume", version=str(rollback.version)) from error
+
+
+def _parent(catalog: Catalog, lineage: Lineage, number: int) -> Manifest | None:
     """The newest committed version that the resumed state descends from."""
     for version in reversed(catalog.versions()):
-        if before.includes(version) and version.number <= number:
+        if lineage.includes(version) and version.number <= number:
             try:
                 return catalog.manifest(version)
             except KeyMissing:  # expired since the listing
