@@ -6,23 +6,26 @@ under version v may go on until (eta + v + 1) B groups exist. Here a version hol
 manifest says. That stays right when a restarted trainer goes back to a checkpoint. Groups that the trainer dropped as
 too stale are not counted as existing.
 
-What exists is known from a listing of all trajectories, which grows with the run, so it is asked for every few seconds
-and not before every request; a node's own files are counted as they are put. So a lone node's count is always exact,
-and in a fleet each node learns a little late what the others put, as it does of what they have running.
+What exists is known from listings: every few seconds of the newest versions' trajectories, and once a minute of all,
+which grow with the run: files of versions that nobody serves any more come late if at all. A node's own files are
+counted as they are put. So a lone node's count is always exact, and in a fleet each node learns a little late what the
+others put, as it does of what they have running.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from shared.config import TrainConfig
-from shared.layout import Layout, groups_of
+from shared.layout import Layout, groups_of, version_of
 from shared.manifest import Manifest
 from shared.store import Store
 
 LIST_EVERY_S = 2.0
+LIST_ALL_EVERY_S = 60.0
+OPEN_VERSIONS = 8  # the newest that have trajectories: others get more seldom if ever
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ProducedGroups:
     """Counts the groups that any node ever put. May be used from any thread.
 
     Args:
-        list_every_s: how late another node's files may be counted.
+        list_every_s: how late another node's files may be counted; those of older versions, LIST_ALL_EVERY_S.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class ProducedGroups:
     ) -> None:
         self._store, self._layout, self._list_every_s, self._clock = store, layout, list_every_s, clock
         self._lock = threading.Lock()
-        self._listed = 0
+        self._closed, self._after = 0, ""  # groups in files before this key, by the last listing of all
+        self._open = 0  # groups in files after it, by the last listing
         self._listed_at: float | None = None
-        self._own: set[str] = set()  # keys that the last listing did not show
+        self._listed_all_at: float | None = None
+        self._own: set[str] = set()  # keys that no listing showed
 
     def add(self, key: str) -> None:
         """Count a file that this node has put."""
@@ -91,9 +96,20 @@ class ProducedGroups:
         """
         now = self._clock()
         if self._listed_at is None or now - self._listed_at >= self._list_every_s:
-            keys = {entry.key for entry in self._store.list(self._layout.all_trajectories)}
+            is_due = self._listed_all_at is None or now - self._listed_all_at >= LIST_ALL_EVERY_S
+            keys = {
+                entry.key for entry in self._store.list(self._layout.all_trajectories, "" if is_due else self._after)
+            }
             with self._lock:
-                self._listed, self._listed_at = sum(map(groups_of, keys)), now
+                if is_due:
+                    self._after, self._listed_all_at = self._oldest_open(keys), now
+                    self._closed = sum(groups_of(key) for key in keys if key <= self._after)
+                self._open, self._listed_at = sum(groups_of(key) for key in keys if key > self._after), now
                 self._own -= keys
         with self._lock:
-            return self._listed + sum(map(groups_of, self._own))
+            return self._closed + self._open + sum(map(groups_of, self._own))
+
+    def _oldest_open(self, keys: Set[str]) -> str:
+        """The key after which the files of the newest OPEN_VERSIONS lie."""
+        versions = sorted({version for key in keys if (version := version_of(key))})
+        return self._layout.trajectories(versions[-OPEN_VERSIONS:][0]) if versions else ""

@@ -116,13 +116,15 @@ class LocalStore:
         def walk() -> list[Entry]:
             found = []
             for folder, folders, files in os.walk(self._path(prefix) if prefix else self.root, onerror=_unless_gone):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                for path in (Path(folder) / name for name in files if not name.startswith(".")):
-                    key = path.relative_to(self.root).as_posix()
-                    if key <= after:
+                inside = Path(folder).relative_to(self.root).as_posix() + "/" if folder != str(self.root) else ""
+                # A folder whose last possible key ("0" comes after "/") is not after `after` is not entered.
+                folders[:] = [name for name in folders if not name.startswith(".") and f"{inside}{name}0" > after]
+                for name in files:
+                    key = inside + name
+                    if name.startswith(".") or key <= after:
                         continue
                     try:
-                        status = path.lstat()
+                        status = os.lstat(f"{folder}/{name}")
                     except FileNotFoundError:  # deleted between the listing and the stat
                         continue
                     if stat.S_ISREG(status.st_mode):  # `get` would refuse anything else

@@ -15,7 +15,7 @@ from shared.local_store import LocalStore
 from shared.outage import QUIET_S
 from shared.store import Entry
 from shared.versions import Version
-from trainer.intake import Group, Intake, Position, Rules
+from trainer.intake import LIST_ALL_EVERY_S, Group, Intake, Position, Rules
 from trainer.lineage import Lineage
 
 ADAPTER = "policy"
@@ -261,6 +261,7 @@ def test_what_is_remembered_does_not_grow_with_the_run_and_late_files_are_still_
     assert below_of(intake.position) == (2, 18, 36)
     put(store, V(1, 3), "late", "x", "y", "z")
     put(store, V(1, 19), "b", "fresh")
+    clock.wait(LIST_ALL_EVERY_S)
     assert take(intake, 1, V(1, 19)) == ["fresh"]
     assert (intake.position.dropped, intake.position.consumed) == ({"stale": 3}, 44)
     put(store, V(1, 19), "c", "fresh too")
@@ -302,18 +303,22 @@ def test_files_below_the_floor_that_retention_removed_are_forgotten(store, clock
     assert below_of(intake.position) == (1, 1, 2)
     store.delete(key)
     put(store, V(1, 1), "b", "d")
+    clock.wait(LIST_ALL_EVERY_S)
     assert take(intake, 1, V(1, 1)) == ["d"]
     assert (intake.position.below, intake.position.dropped) == (0, {"stale": 2})
 
 
 class CountingStore(LocalStore):
-    """Counts its listings."""
+    """Counts its listings, and what they answered."""
 
     listings = 0
+    listed = 0
 
     def list(self, prefix: str, after: str = "") -> list[Entry]:
         self.listings += 1
-        return super().list(prefix, after)
+        entries = super().list(prefix, after)
+        self.listed += len(entries)
+        return entries
 
 
 def test_the_store_is_looked_at_only_while_too_few_groups_wait(store, clock):
@@ -322,6 +327,58 @@ def test_the_store_is_looked_at_only_while_too_few_groups_wait(store, clock):
     intake = intake_of(counting, clock)
     assert [take(intake, 2, V(1, 0)) for _ in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
     assert counting.listings == 1
+
+
+def test_a_look_lists_what_may_still_count_and_the_whole_run_once_a_minute(store, clock):
+    counting = CountingStore(store.url)
+    intake = intake_of(counting, clock)
+    for number in range(120):
+        put(store, V(1, number), "a", f"{number}-0", f"{number}-1")
+        assert take(intake, 2, V(1, number)) == [f"{number}-0", f"{number}-1"]
+        clock.wait(1.0)
+    assert counting.listings == 120
+    whole = 1 + 61  # at the first look, and a minute later
+    since_then = sum(range(2, 61)) + sum(range(3, 62))  # each look lists from the staleness bound of that minute on
+    assert counting.listed == whole + since_then
+    assert (intake.position.consumed, intake.position.dropped) == (240, {})
+
+
+def test_files_of_a_life_before_are_seen_by_each_look_while_they_may_count(store, clock):
+    """A node goes on serving version 5 of epoch 1 until epoch 2, which resumed there, publishes."""
+    put(store, V(1, 2), "a", "old")
+    put(store, V(1, 6), "a", "thrown away")
+    intake = intake_of(store, clock, Lineage(1).resumed(2, number=5))
+    put(store, V(1, 5), "a", "a")
+    assert take(intake, 1, V(2, 5)) == ["a"]
+    put(store, V(1, 4), "b", "b")
+    put(store, V(2, 5), "b", "c")
+    assert take(intake, 2, V(2, 5)) == ["b", "c"]
+    for number in range(6, 10):
+        clock.wait(LIST_ALL_EVERY_S / 2)
+        put(store, V(2, number), "b", str(number))
+        assert take(intake, 1, V(2, number)) == [str(number)]
+    assert intake.position.dropped == {"stale": 1, "not_an_ancestor": 1}
+    assert intake.position.consumed == 9
+
+
+def test_however_the_listings_fall_each_group_is_decided_once(store, clock):
+    """Files come in any order and late; at the end as many groups are taken or dropped as there are."""
+    seed = 7
+    rng, intake, there = random.Random(seed), intake_of(store, clock), 0
+    for number in range(60):
+        for file in range(rng.randrange(1, 4)):
+            late = rng.choice((0, 0, 0, 1, 2, 5))
+            size = rng.randrange(1, 4)
+            put(store, V(1, max(0, number - late)), f"{number}-{file}", *(f"{number}-{file}-{i}" for i in range(size)))
+            there += size
+        put(store, V(1, number), f"{number}-last", f"{number}")
+        there += 1
+        intake.take(1, V(1, number), timeout_s=5.0)
+        clock.wait(rng.choice((1.0, 20.0)))
+    clock.wait(LIST_ALL_EVERY_S)
+    put(store, V(1, 99), "end", "end")
+    assert take(intake, 1, V(1, 99)) == ["end"]
+    assert intake.position.consumed == there + 1, f"seed {seed}"
 
 
 class Flaky(LocalStore):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.pace import ProducedGroups
+from rollout.pace import LIST_ALL_EVERY_S, OPEN_VERSIONS, ProducedGroups
 from shared.errors import StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
@@ -17,9 +17,10 @@ LIST_EVERY_S = 2.0
 
 
 class CountingStore(LocalStore):
-    """Counts its listings; `down` refuses them; `meanwhile` runs in the middle of one, after the keys were read."""
+    """Counts its listings and what they answered; `down` refuses them; `meanwhile` runs in the middle of one, after the keys were read."""
 
     listings = 0
+    listed = 0
     down = False
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
 
@@ -28,6 +29,7 @@ class CountingStore(LocalStore):
         if self.down:
             raise StoreError("connection reset", op="list", retryable=True)
         entries = super().list(prefix, after)
+        self.listed += len(entries)
         self.meanwhile()
         return entries
 
@@ -38,9 +40,9 @@ class Bench:
         self.store = CountingStore(f"file://{folder}")
         self.produced = ProducedGroups(self.store, LAYOUT, LIST_EVERY_S, clock=lambda: self.now)
 
-    def put(self, groups: int, node: str) -> str:
+    def put(self, groups: int, node: str, number: int = 0) -> str:
         self.sequence += 1
-        key = f"{LAYOUT.trajectories(Version(1, 0))}/{node}-life-{self.sequence:06d}-g{groups}.parquet"
+        key = f"{LAYOUT.trajectories(Version(1, number))}/{node}-life-{self.sequence:06d}-g{groups}.parquet"
         self.store.put(key, b"x")
         return key
 
@@ -80,6 +82,25 @@ def test_no_file_counts_twice_and_none_is_lost_that_is_put_during_a_listing(benc
     for second in range(1, 10):
         bench.now = float(second)
         assert bench.produced.count() == 12
+
+
+def test_versions_that_can_hardly_grow_are_listed_once_a_minute_and_counted_all_the_while(bench: Bench):
+    versions = 40
+    for number in range(versions):
+        bench.put(2, "theirs", number)
+    assert (bench.produced.count(), bench.store.listed) == (2 * versions, versions)
+    bench.store.listed = 0
+    for _ in range(5):
+        bench.now += LIST_EVERY_S
+        assert bench.produced.count() == 2 * versions
+    assert bench.store.listed == 5 * OPEN_VERSIONS
+    bench.put(3, "theirs", versions - 1)
+    bench.put(4, "theirs", 0)  # late by 39 versions
+    bench.produced.add(bench.put(5, "ours", 1))
+    bench.now += LIST_EVERY_S
+    assert bench.produced.count() == 2 * versions + 3 + 5
+    bench.now = LIST_ALL_EVERY_S
+    assert bench.produced.count() == 2 * versions + 3 + 5 + 4
 
 
 def test_a_listing_that_failed_is_asked_for_again_at_once(bench: Bench):

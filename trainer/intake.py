@@ -6,8 +6,10 @@ the intake's position: it goes into the checkpoint, so a resumed trainer decides
 lost steps had taken, and never about those that the checkpoint has seen.
 
 Order is by key, that is by version, then node, then sequence: the oldest of those seen first, so that as few as
-possible grow stale. The store is looked at only while too few groups wait. What is remembered is bounded: below the
-`floor`, the lowest number that is not stale yet, files are neither opened nor kept apart; their groups are one sum.
+possible grow stale. The store is looked at only while too few groups wait. What is remembered and what is listed is
+bounded: below the `floor`, the lowest number that is not stale yet, files are neither opened nor kept apart, and their
+groups are one sum; keys sort by version, so a look lists what may still count, and once a minute everything, for what
+came late. (Samplers may count on that: late groups are dropped, and counted, within the minute.)
 Does not: delete trajectories. When retention removes a file, its decision is forgotten with it.
 """
 
@@ -18,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from publisher.outage import Outage
 from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError, UsageError
 from shared.layout import Layout, groups_of, version_of
+from shared.outage import Outage
 from shared.store import Store, check_key
 from shared.trajectories import Sample, decode
 from shared.versions import Version
@@ -29,6 +31,7 @@ from trainer.lineage import Lineage
 log = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
+LIST_ALL_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Intake:
         self.position = position or Position()
         self._files: dict[str, int] = {}  # opened: key -> number of groups in it
         self._waiting: list[Group] = []
+        self._after, self._before = "", 0  # a look lists what sorts after this key; groups in files before it
+        self._listed_all_at: float | None = None
         self._outage = Outage("intake", clock)
 
     @property
@@ -175,9 +180,9 @@ class Intake:
 
     def _look(self, current: Version) -> None:
         """Open the files that came since the last look."""
-        listed = {entry.key for entry in self._store.list(self._layout.all_trajectories) if _is_ours(entry.key)}
+        listed, before = self._list(current)
         self._forget_deleted(listed)
-        listed -= self._close(listed, current)
+        listed -= self._close(listed, before)
         done = {key for key, indexes in self.position.decided.items() if indexes is None}
         for key in sorted(listed - self._files.keys() - done):
             try:
@@ -191,6 +196,21 @@ class Intake:
                 continue
             self._open(key, samples)
         self._waiting.sort(key=lambda group: (group.key, group.index))
+
+    def _list(self, current: Version) -> tuple[set[str], int]:
+        """The files, and how many groups those hold that were not asked for: all of numbers below the floor."""
+        position, now = self.position, self._clock()
+        position.floor = max(position.floor, current.number - self._max_staleness)
+        is_due = self._listed_all_at is None or now - self._listed_all_at >= LIST_ALL_EVERY_S
+        entries = self._store.list(self._layout.all_trajectories, "" if is_due else self._after)
+        listed = {entry.key for entry in entries if _is_ours(entry.key)}
+        if not is_due:
+            return listed, self._before
+        versions = {version for key in listed if (version := version_of(key)) and version.number >= position.floor}
+        self._after = self._layout.trajectories(min((self._lineage.oldest(position.floor), *versions)))
+        self._before = sum(groups_of(key) for key in listed if key < self._after)
+        self._listed_all_at = now
+        return listed, 0
 
     def _open(self, key: str, samples: Sequence[Sample]) -> None:
         """Queue a file's groups that are not decided yet, dropping those that break the rules."""
@@ -235,16 +255,19 @@ class Intake:
         """Count dropped groups, all that a file's key promises: samplers count them as existing until then."""
         self.position.dropped[reason] = self.position.dropped.get(reason, 0) + groups
 
-    def _close(self, listed: set[str], current: Version) -> set[str]:
-        """The files below the floor, once it has risen: what is undecided in them is stale, and their names can go."""
+    def _close(self, listed: set[str], before: int) -> set[str]:
+        """The files below the floor, once it has risen: what is undecided in them is stale, and their names can go.
+
+        Args:
+            before: groups in files below the floor that are not listed.
+        """
         position = self.position
-        position.floor = max(position.floor, current.number - self._max_staleness)
         below = {key for key in listed if _number(key) < position.floor}
         for key in below & position.decided.keys():
             indexes = position.decided.pop(key)
             position.below += groups_of(key) if indexes is None else len(indexes)
             self._files.pop(key, None)
-        there = sum(map(groups_of, below))
+        there = before + sum(map(groups_of, below))
         if there > position.below:
             self._count("stale", there - position.below)
         position.below = there
