@@ -97,9 +97,8 @@ class ProducedGroups:
         now = self._clock()
         if self._listed_at is None or now - self._listed_at >= self._list_every_s:
             is_due = self._listed_all_at is None or now - self._listed_all_at >= LIST_ALL_EVERY_S
-            keys = {
-                entry.key for entry in self._store.list(self._layout.all_trajectories, "" if is_due else self._after)
-            }
+            after = "" if is_due else self._after
+            keys = {entry.key for entry in self._store.list(self._layout.all_trajectories, after)}
             with self._lock:
                 if is_due:
                     self._after, self._listed_all_at = self._oldest_open(keys), now

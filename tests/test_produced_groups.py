@@ -17,7 +17,9 @@ LIST_EVERY_S = 2.0
 
 
 class CountingStore(LocalStore):
-    """Counts its listings and what they answered; `down` refuses them; `meanwhile` runs in the middle of one, after the keys were read."""
+    """Counts its listings and what they answered; `down` refuses them; `meanwhile` runs in the middle of one, after the
+    keys were read.
+    """
 
     listings = 0
     listed = 0
