@@ -15,7 +15,8 @@ import numpy as np
 
 from shared.adapter_files import ITEM_BYTES, TensorSpec, demand_finite, header_bytes, read_tensors
 from shared.errors import Corrupt
-from shared.manifest import Manifest, Tensor
+from shared.manifest import Manifest
+from shared.tensor_table import Tensor
 
 Shape = tuple[int, int]
 Pieces = dict[tuple[int, str], tuple[TensorSpec, memoryview]]  # by (shard number, name inside)

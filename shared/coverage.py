@@ -7,7 +7,8 @@ covered or doubly covered tensors are all refused; vLLM would load most of them 
 from collections.abc import Mapping
 
 from shared.errors import Corrupt
-from shared.manifest import Manifest, Slice, Tensor
+from shared.manifest import Manifest
+from shared.tensor_table import Slice, Tensor
 
 MAX_NAMED = 3  # names shown in one message
 

@@ -20,10 +20,8 @@ from shared.base_model import BaseIdentity
 from shared.errors import Corrupt, LorasyncError
 from shared.layout import LAYOUT
 from shared.store import check_key
-from shared.tensor_table import Slice, Tensor, count, text
+from shared.tensor_table import Tensor, count, text
 from shared.versions import Version
-
-__all__ = ["Slice", "Tensor"]
 
 MAX_MANIFEST_BYTES = 100_000_000  # a single request on every store: multipart creates race
 VOID = b'{"layout":1,"void":true}'  # stands where a manifest was collected, or shall never be: no version
