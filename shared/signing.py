@@ -22,7 +22,7 @@ import hashlib
 import logging
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 log = logging.getLogger(__name__)
+
+Seal = Callable[[Manifest], Manifest]
 
 CONTEXT = b"lorasync manifest v1\0"
 KEY_NAME_LENGTH = 16  # hex digits of the sha256 of the raw public key
@@ -79,26 +81,46 @@ class Trust:
             raise _untrusted("not signed", manifest, key)
         public = self.keys.get(signature.key)
         if public is None:
-            raise _untrusted(f"signed by key {signature.key[:KEY_NAME_LENGTH]!r}, not a trusted one", manifest, key)
+            raise _untrusted(f"signed by key {signature.key}, which is not trusted", manifest, key)
         try:
             public.verify(bytes.fromhex(signature.ed25519), _message(manifest.digest))
         except (InvalidSignature, ValueError) as error:
             raise _untrusted(f"the signature by key {signature.key} does not fit", manifest, key) from error
 
 
-def signed(manifest: Manifest, signer: Signer | None) -> Manifest:
-    """The manifest as it is to be put: sealed, and signed where there is a key."""
-    return signer.sign(manifest) if signer else manifest.sealed()
+def load_seal(path: str) -> Seal:
+    """What makes a manifest ready to be put: it gets its digest and, by the private key in this file, a signature.
 
-
-def load_signer(path: str) -> Signer | None:
-    """Read a private key (`store.sign_key`); None for an empty path.
+    Args:
+        path: `store.sign_key`; empty: the digest alone.
 
     Raises:
         UsageError: no such file, not an ed25519 key in PKCS8 PEM without a passphrase, or no `cryptography`.
     """
     if not path:
-        return None
+        return Manifest.sealed
+    private, public = _private_key(path)
+    return Signer(_name(public), private).sign
+
+
+def load_trust(places: Sequence[str], sign_key: str = "") -> Trust | None:
+    """Read public keys (`store.trust`); None where nothing is named, which trusts whoever can write to the store.
+
+    Args:
+        places: each a PEM file, a directory of *.pem, or 64 hex digits.
+        sign_key: a private key that is trusted as well. Who signs again what is there (a rollback) names it, so as
+            not to sign what somebody else put there.
+
+    Raises:
+        UsageError: no such file, no ed25519 key in it, or no `cryptography`.
+    """
+    found = [public for place in places for public in _public_keys(place)]
+    if sign_key:
+        found.append(_private_key(sign_key)[1])
+    return Trust({_name(public): public for public in found}) if found else None
+
+
+def _private_key(path: str) -> "tuple[Ed25519PrivateKey, Ed25519PublicKey]":
     serialization, ed25519, unsupported = _cryptography("sign")
     file = Path(path).expanduser()
     try:
@@ -110,31 +132,10 @@ def load_signer(path: str) -> Signer | None:
         raise UsageError("not an ed25519 key", op="read signing key", key=path)
     if stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
         log.warning("signing key %s may be read by others than its owner; set its mode to 0600", path)
-    return Signer(_name(private.public_key()), private)
+    return private, private.public_key()
 
 
-def load_trust(places: Sequence[str]) -> Trust | None:
-    """Read public keys (`store.trust`); None where nothing is named, which trusts whoever can write to the store.
-
-    Args:
-        places: each a PEM file, a directory of *.pem, or 64 hex digits.
-
-    Raises:
-        UsageError: no such file, no ed25519 public key in it, or no `cryptography`.
-    """
-    if not places:
-        return None
-    _, ed25519, _ = _cryptography("trust")
-    keys = {}
-    for place in places:
-        for public in _public_keys(place):
-            if not isinstance(public, ed25519.Ed25519PublicKey):
-                raise UsageError("not an ed25519 key", op="read trusted key", key=place)
-            keys[_name(public)] = public
-    return Trust(keys)
-
-
-def _public_keys(place: str) -> Iterator[Any]:
+def _public_keys(place: str) -> "Iterator[Ed25519PublicKey]":
     """The keys that one entry of `store.trust` names, at least one."""
     serialization, ed25519, unsupported = _cryptography("trust")
     if _RAW.fullmatch(place):
@@ -151,9 +152,12 @@ def _public_keys(place: str) -> Iterator[Any]:
             raise UsageError("no PEM public key", op="read trusted key", key=str(file), hint=hint)
         for block in blocks:
             try:
-                yield serialization.load_pem_public_key(block)
+                public = serialization.load_pem_public_key(block)
             except (ValueError, unsupported) as error:
                 raise UsageError(f"no PEM public key: {error}", op="read trusted key", key=str(file)) from error
+            if not isinstance(public, ed25519.Ed25519PublicKey):
+                raise UsageError("not an ed25519 key", op="read trusted key", key=str(file))
+            yield public
 
 
 def _read(file: Path, field: str) -> bytes:
