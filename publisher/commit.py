@@ -23,6 +23,7 @@ from publisher.epochs import Claim, demand_unfenced
 from publisher.shard import EncodedShard
 from shared import strict_json, tensor_table
 from shared.base_model import BaseIdentity
+from shared.catalog import Catalog
 from shared.coverage import demand_complete
 from shared.errors import Corrupt, Fenced, KeyMissing, StoreError, UsageError
 from shared.layout import Layout
@@ -228,6 +229,19 @@ def put_hint(store: Store, layout: Layout, manifest: Manifest) -> None:
     """Say in LATEST that this version is there."""
     epoch, number = manifest.version
     store.put(layout.latest, strict_json.dumps({"epoch": epoch, "version": number, "digest": manifest.digest}))
+
+
+def mend_hint(store: Store, layout: Layout) -> None:
+    """Point LATEST at the newest version where a publisher that died before it wrote it left it behind.
+
+    Whoever begins to publish does so once: readers that keep to the hint would else wait for their next listing. A
+    newest version that cannot be read is left to them.
+    """
+    catalog = Catalog(store, layout.adapter)
+    newest, hint = catalog.newest(), catalog.hint()
+    if newest is not None and hint is not None and hint[0] != newest:
+        with contextlib.suppress(Corrupt, KeyMissing):
+            put_hint(store, layout, catalog.manifest(newest))
 
 
 def _committed_by_another(

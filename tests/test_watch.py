@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +12,20 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3Server
+from synthetic import ADAPTER, LORA, publish, write_base
 
+from publisher.commit import mend_hint
 from rollout.watch import MAX_BACK_OFF, Watcher
 from shared import strict_json
+from shared.base_model import identify
 from shared.catalog import Catalog
+from shared.config import Config, ModelConfig, StoreConfig, TaskConfig
 from shared.local_store import LocalStore
 from shared.manifest import VOID
 from shared.store import Entry, Fetched
 from shared.stores import open_store
 from shared.versions import Version
+from trainer.life import Beginning
 
 V = Version
 POLL_S, LIST_S = 1.0, 30.0
@@ -210,6 +216,25 @@ def test_nothing_published_yet_is_none_until_something_is(bench: Bench) -> None:
     assert bench.polls(3) == [None] * 3
     bench.publish(V(1, 0))
     assert bench.polls(1) == [V(1, 0)]
+
+
+def test_a_trainer_that_starts_mends_the_hint_that_a_killed_one_left_behind(tmp_path: Path) -> None:
+    store, base = open_store(str(tmp_path / "store")), write_base(tmp_path / "base")
+    publish(store, base, 3)
+    catalog = Catalog(store, ADAPTER)
+    store.put(catalog.layout.latest, strict_json.dumps({"epoch": 1, "version": 1}))
+    config = Config(StoreConfig(store.url), ModelConfig(str(base)), TaskConfig("t", "h", "r:r", 4), lora=LORA)
+    life, _ = Beginning(config, identify(base), frozen=False).begin(store, catalog.layout, time.time)
+    assert (life.claim.epoch, (catalog.hint() or [None])[0]) == (2, V(1, 2))
+
+
+def test_a_hint_is_not_mended_towards_a_version_that_cannot_be_read(tmp_path: Path) -> None:
+    store, base = open_store(str(tmp_path / "store")), write_base(tmp_path / "base")
+    publish(store, base, 2)
+    catalog = Catalog(store, ADAPTER)
+    store.put(catalog.layout.manifest(V(1, 2)), b"damaged")
+    mend_hint(store, catalog.layout)
+    assert (catalog.hint() or [None])[0] == V(1, 1)
 
 
 class _Proxy(ThreadingHTTPServer):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from publisher.commit import mend_hint
 from publisher.epochs import Claim, claim_epoch
 from publisher.rollback import last_rollback
 from shared.base_model import BaseIdentity
@@ -106,6 +107,7 @@ class Beginning:
         if seen is not None:
             self._saved(seen, layout)
         claim = claim_epoch(store, layout, clock)
+        mend_hint(store, layout)
         past = _past(catalog)
         checkpoint = self._newest(store, layout, past, known=seen)
         if checkpoint is None:
