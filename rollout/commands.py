@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def add_rollout(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    from shared.arguments import add_config_arguments
+    from shared.arguments import add_config_arguments, add_trust_argument
 
     parser = subparsers.add_parser(
         "rollout",
@@ -21,6 +21,7 @@ def add_rollout(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "samples trajectories and evaluates every version on held-out prompts. SIGTERM drains and stops.",
     )
     add_config_arguments(parser, required=True)
+    add_trust_argument(parser)
     parser.add_argument("--node", help="this node's own name (rollout.node; default: the host's)")
     parser.add_argument("--engine", metavar="URL", help="use a running vLLM server (rollout.engine_url)")
     parser.add_argument("--port", type=int, help="port for vLLM's server (rollout.port)")
@@ -30,7 +31,7 @@ def add_rollout(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def add_replay(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    from shared.arguments import add_config_arguments
+    from shared.arguments import add_config_arguments, add_trust_argument
 
     parser = subparsers.add_parser(
         "replay",
@@ -40,6 +41,7 @@ def add_replay(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "if there was nothing to compare with. The store alone will do: it says what the run was made of.",
     )
     add_config_arguments(parser)
+    add_trust_argument(parser)
     parser.add_argument("--model", metavar="DIR", help="where the base model is on this machine (model.path)")
     parser.add_argument("--heldout-prompts", metavar="URL", help="the held-out prompts (task.heldout_prompts)")
     parser.add_argument("--reward", metavar="MODULE:FUNCTION", help="the reward function (task.reward)")
@@ -85,7 +87,7 @@ def _replay_config(options: argparse.Namespace) -> "Config":
     from shared.stores import open_store
 
     store = read_store_config(options)
-    catalog = Catalog(open_store(store.url, store.options), store.adapter)
+    catalog = Catalog(open_store(store.url, store.options, store.client), store.adapter)
     check_layout(catalog.store, catalog.layout)
     if not catalog.versions():
         problem = f"no version of adapter {store.adapter}"

@@ -31,6 +31,7 @@ from shared.catalog import Catalog, check_layout
 from shared.config import Config
 from shared.errors import LorasyncError, StoreError, UsageError
 from shared.run_record import record_run
+from shared.signing import load_trust
 from shared.stores import open_store, probe
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Node:
         self._config, self._clock = config, clock
         self._supervisor = Supervisor(server) if server is not None else None
         store = open_store(config.store.url, config.store.options, config.store.client)
-        self._catalog = Catalog(store, config.store.adapter)
+        self._catalog = Catalog(store, config.store.adapter, load_trust(config.store.trust))
         probe(store, self._catalog.layout.probes)
         check_layout(store, self._catalog.layout)
         target = engine_target(config, base_name)

@@ -25,6 +25,7 @@ from rollout.tasks.reward import load_reward
 from shared.catalog import Catalog
 from shared.config import Config
 from shared.errors import UsageError
+from shared.signing import load_trust
 from shared.stores import open_store
 
 
@@ -35,7 +36,8 @@ def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:
         UsageError: no such versions, no prompts or reward.
         LorasyncError: a version can't be delivered.
     """
-    catalog = Catalog(open_store(config.store.url, config.store.options), config.store.adapter)
+    store = open_store(config.store.url, config.store.options, config.store.client)
+    catalog = Catalog(store, config.store.adapter, load_trust(config.store.trust))
     chosen = parse_range(versions, catalog.versions())
     prompts = configured_prompts(config, config.task.heldout_prompts)
     prompts = prompts[: config.rollout.heldout_limit]

@@ -154,7 +154,6 @@ class RolloutConfig:
     max_concurrent_groups: int = _at_least(1, 32)
     heldout_limit: int = _at_least(0, 512)
     hint_interval_s: float = _above(0, 10.0)
-    hint_interval_s: float = _above(0, 10.0)
     quarantine_after: int = _at_least(1, 3)
     seed: int = 0
 

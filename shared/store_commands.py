@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.arguments import add_config_arguments, read_store_config
-from shared.errors import Corrupt, KeyMissing, UsageError
+from shared.arguments import add_config_arguments, add_trust_argument, read_store_config
+from shared.errors import Corrupt, KeyMissing, Untrusted, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,7 @@ def add_versions(subparsers: Subparsers) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("versions", help="list the versions of an adapter")
     add_config_arguments(parser)
+    add_trust_argument(parser)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the N newest")
     parser.add_argument("--json", action="store_true", help="as a JSON array")
     parser.set_defaults(run=_versions)
@@ -42,6 +43,7 @@ def add_verify(subparsers: Subparsers) -> None:
         "is still there. Only with --base it also knows which tensors the model calls for. Exit code 4: corrupt.",
     )
     add_config_arguments(parser)
+    add_trust_argument(parser)
     parser.add_argument("version", nargs="?", default="latest", help="EPOCH-NUMBER, NUMBER or latest (the default)")
     parser.add_argument("--all", action="store_true", help="every version")
     parser.add_argument("--base", type=Path, metavar="DIR", help="the base model, in Hugging Face format")
@@ -58,6 +60,7 @@ def add_export(subparsers: Subparsers) -> None:
         "in wire order: by the base model's config with --base, else by their names.",
     )
     add_config_arguments(parser)
+    add_trust_argument(parser)
     parser.add_argument("version", help="EPOCH-NUMBER, NUMBER or latest")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument("--base", type=Path, metavar="DIR", help="the base model, in Hugging Face format")
@@ -68,6 +71,7 @@ def add_status(subparsers: Subparsers) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("status", help="show the trainer, the latest version and what every node serves")
     add_config_arguments(parser)
+    add_trust_argument(parser)
     parser.add_argument("--watch", action="store_true", help="keep showing it, until interrupted")
     parser.add_argument("--json", action="store_true", help="as a JSON object (with --watch: one a line)")
     parser.set_defaults(run=_status)
@@ -75,10 +79,11 @@ def add_status(subparsers: Subparsers) -> None:
 
 def _catalog(options: argparse.Namespace) -> "Catalog":
     from shared.catalog import Catalog, check_layout
+    from shared.signing import load_trust
     from shared.stores import open_store
 
     config = read_store_config(options)
-    catalog = Catalog(open_store(config.url, config.options), config.adapter)
+    catalog = Catalog(open_store(config.url, config.options, config.client), config.adapter, load_trust(config.trust))
     check_layout(catalog.store, catalog.layout)
     return catalog
 
@@ -181,7 +186,7 @@ def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[s
     if parent:
         try:
             digest = catalog.manifest(parent.version).digest
-        except KeyMissing:
+        except (KeyMissing, Untrusted):  # which for the parent is said on its own line
             digest = parent.digest
         if digest != parent.digest:
             problem = f"its parent {parent.version} has another digest than the one it was made from"

@@ -18,13 +18,14 @@ from dataclasses import asdict
 from typing import Any
 
 from publisher.epochs import demand_unfenced
-from publisher.outage import Outage
 from publisher.publisher import Published, Publisher
 from shared.base_model import identify
 from shared.catalog import check_layout
 from shared.config import Config
 from shared.errors import Corrupt, StoreError
 from shared.layout import Layout
+from shared.outage import Outage
+from shared.signing import load_seal
 from shared.store import Store
 from shared.stores import open_store, probe
 from shared.versions import Version
@@ -52,7 +53,7 @@ def train(
         Fenced: another trainer took over.
         LorasyncError: no trajectories came for `take_timeout_s`.
     """
-    store = store or open_store(config.store.url, config.store.options)
+    store = store or open_store(config.store.url, config.store.options, config.store.client)
     return Trainer(config, store, frozen=frozen, clock=clock).run()
 
 
@@ -66,6 +67,7 @@ class Trainer:
         self._store, self._layout = store, Layout(config.store.adapter)
         probe(store, self._layout.probes)
         check_layout(store, self._layout)
+        seal = load_seal(config.store.sign_key)
         self._policy = Policy(config)
         base = identify(config.model.path)
         self._beginning = Beginning(config, base, frozen=frozen)
@@ -87,6 +89,7 @@ class Trainer:
             parent=self._life.parent,
             queue_versions=config.train.queue_versions,
             on_full_queue=config.train.on_full_queue,
+            seal=seal,
             on_published=self._note,
             clock=clock,
         )
