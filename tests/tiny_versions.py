@@ -46,7 +46,8 @@ def manifest_of(version: Version, shard: Shard, parent: Manifest | None = None, 
 
 
 def put_version(store: Store, version: Version, **training: Any) -> Manifest:
-    """Commit a version."""
+    """Commit a version, claiming its epoch."""
+    store.put_if_absent(LAYOUT.epoch(version.epoch), b"{}")
     manifest = manifest_of(version, put_attempt(store, version), **training)
     assert store.put_if_absent(LAYOUT.manifest(version), manifest.to_bytes())
     return manifest
