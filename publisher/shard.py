@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from publisher.convert import AdapterSlice
-from shared.adapter_files import TensorSpec, demand_finite, header_bytes, is_finite
+from shared.adapter_files import TensorSpec, demand_finite, header_bytes, not_finite_at
 from shared.errors import Corrupt
 
 ENCODINGS = {"bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
@@ -138,7 +138,7 @@ def _joined(above: EncodedSlice, below: EncodedSlice) -> EncodedSlice:
 
 
 def _demand_finite(shard: EncodedShard, dtype: str) -> None:
-    if is_finite(dtype, shard.content):
+    if not_finite_at(dtype, shard.content) is None:
         return
     start = 0
     for spec in shard.specs():

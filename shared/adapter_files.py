@@ -180,16 +180,17 @@ def _as_promised(file: memoryview, promised: Sequence[TensorSpec]) -> tuple[list
     return placed, len(header)
 
 
-def is_finite(dtype: str, content: bytes | memoryview) -> bool:
-    """Whether values, back to back, have neither NaN nor infinity among them."""
+def not_finite_at(dtype: str, content: bytes | memoryview) -> int | None:
+    """Where, in bytes, the first NaN or infinity stands among values that lie back to back; None if there is none."""
     (unsigned, least_negative), (signed, least_positive) = _NOT_FINITE[dtype]
     words = np.frombuffer(content, dtype=unsigned)
     step = _CACHED_BYTES // words.itemsize
     for start in range(0, len(words), step):
         some = words[start : start + step]
         if some.max() >= least_negative or some.view(signed).max() >= least_positive:
-            return False
-    return True
+            bad = (some >= least_negative) | (some.view(signed) >= least_positive)
+            return (start + int(bad.argmax())) * words.itemsize
+    return None
 
 
 def demand_finite(spec: TensorSpec, content: bytes | memoryview, *, key: str) -> None:
@@ -198,5 +199,5 @@ def demand_finite(spec: TensorSpec, content: bytes | memoryview, *, key: str) ->
     Raises:
         Corrupt: names the tensor.
     """
-    if not is_finite(spec.dtype, content):
+    if not_finite_at(spec.dtype, content) is not None:
         raise Corrupt(f"NaN or infinity in tensor {spec.name}", op="check values", key=key)

@@ -1,28 +1,32 @@
 """From the store to a plain PEFT directory on disk, every byte checked before anyone can load it.
 
 Order of trust: the manifest's own digest, then its names and shapes against the base model, then each part of each
-shard as it streams, then the shards' headers and every value's finiteness (`shared.assemble`). The directory appears
-under its final name only when all of that held; until then it is a hidden sibling.
+shard as it arrives (`shared.transfer`), then the shards' headers and every value's finiteness. The directory appears
+under its final name only when all of that held; until then it is a hidden sibling, in which a fetch that was cut off
+goes on where it was (`shared.partial`).
 
-The result needs nothing of ours: adapter_model.safetensors and adapter_config.json, which vLLM and PEFT load.
+The result needs nothing of ours: adapter_model.safetensors and adapter_config.json, which vLLM and PEFT load. A version
+of one shard that holds exactly that file is not put together anew.
 """
 
-import hashlib
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shared.assemble import assemble
+from shared.adapter_files import TensorSpec
+from shared.assemble import assemble, assembled_tensors
 from shared.coverage import demand_complete
-from shared.errors import Corrupt, StoreError
-from shared.manifest import PART_BYTES, Manifest, Shard
+from shared.errors import Corrupt, KeyMissing, StoreError
+from shared.manifest import Manifest
+from shared.partial import partial_directory, put_in_place
 from shared.peft_config import peft_config
+from shared.shard_contents import ShardContents, promised_tensors, verify_shard
 from shared.store import Store
+from shared.transfer import download, file_digests
 
 WEIGHTS, CONFIG, MANIFEST, DIGEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json", "sha256"
-FREE_SPACE_FACTOR = 2.2  # shards and the assembled file side by side
+SPARE_BYTES = 64 << 20  # of the disk, for all but the weights
 
 Shape = tuple[int, int]
 
@@ -42,111 +46,85 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
     Raises:
         Corrupt: a check failed; nothing is left under `directory`.
         KeyMissing: a shard is gone: the version expired, look for a newer one.
-        StoreError: the store failed, or the local disk did.
+        StoreError: the store failed, or the local disk did. What has arrived is kept beside `directory`, and the next
+            fetch of the same version goes on there.
     """
     demand_complete(manifest, expected)
     config = peft_config(manifest.lora, base_name)
     if _intact(directory, manifest, config):
         return directory
     try:
-        _materialise(store, manifest, expected, directory, config)
+        with partial_directory(directory, manifest.digest) as aside:
+            try:
+                _materialise(store, manifest, expected, aside, config)
+            except (Corrupt, KeyMissing):
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            if not _intact(directory, manifest, config):  # another process may have been faster
+                shutil.rmtree(directory, ignore_errors=True)
+                put_in_place(aside, directory)
     except OSError as error:
         hint = "Mend the local disk, or use another directory"
         raise StoreError(f"{error}", op="fetch", key=str(directory), hint=hint) from error
     return directory
 
 
-def _materialise(
-    store: Store, manifest: Manifest, expected: Mapping[str, Shape], directory: Path, config: bytes
-) -> None:
-    """Build the directory beside its place, and put it there when all of it is right."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _demand_room(manifest, directory.parent)
-    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    aside.mkdir()
-    try:
-        shards = [download(store, shard, aside / f"shard-{n}") for n, shard in enumerate(manifest.shards)]
-        with (aside / WEIGHTS).open("xb") as file:
-            digest = assemble(manifest, shards, expected, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for path in shards:
+def _materialise(store: Store, manifest: Manifest, expected: Mapping[str, Shape], aside: Path, config: bytes) -> None:
+    """Build the directory's files."""
+    promised, assembled = promised_tensors(manifest, expected), assembled_tensors(manifest, expected)
+    plain = promised == [assembled]
+    shards = [aside / (WEIGHTS if plain else f"shard-{number}") for number in range(len(manifest.shards))]
+    _demand_room(manifest, shards, [] if plain else assembled, aside)
+    for number, (shard, path) in enumerate(zip(manifest.shards, shards, strict=True)):
+        contents = ShardContents.promised(shard, promised[number])
+        download(store, shard, path, look=contents.look)
+        plain = plain and contents.as_promised
+        if contents.as_promised:
+            contents.demand_finite()
+    if not plain:
+        with (aside / "assembled").open("wb") as file:
+            assemble(manifest, shards, expected, file)
+        (aside / "assembled").rename(aside / WEIGHTS)
+    for path in shards:
+        if path.name != WEIGHTS:
             path.unlink()
-        (aside / CONFIG).write_bytes(config)
-        (aside / MANIFEST).write_bytes(manifest.to_bytes())
-        (aside / DIGEST).write_text(digest)
-        shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    _sync(aside / WEIGHTS)
+    digests = manifest.shards[0].parts if plain else file_digests(aside / WEIGHTS)
+    (aside / CONFIG).write_bytes(config)
+    (aside / MANIFEST).write_bytes(manifest.to_bytes())
+    (aside / DIGEST).write_text("\n".join(digests))
 
 
-def verify(store: Store, manifest: Manifest, expected: Mapping[str, Shape], scratch: Path) -> None:
-    """Check a stored version as `fetch` would, and keep nothing.
-
-    Args:
-        scratch: an empty directory, for the shards while they are checked.
+def verify(store: Store, manifest: Manifest, expected: Mapping[str, Shape]) -> None:
+    """Check a stored version as `fetch` would, where it is stored: nothing is written anywhere.
 
     Raises:
         Corrupt, KeyMissing, StoreError: see `fetch`.
     """
     demand_complete(manifest, expected)
-    try:
-        shards = [download(store, shard, scratch / f"shard-{n}") for n, shard in enumerate(manifest.shards)]
-        with Path(os.devnull).open("wb") as nowhere:
-            assemble(manifest, shards, expected, nowhere)
-        for path in shards:
-            path.unlink()
-    except OSError as error:
-        raise StoreError(f"{error}", op="verify", key=str(scratch)) from error
+    for number, promised in enumerate(promised_tensors(manifest, expected)):
+        verify_shard(store, manifest, number, promised)
 
 
-def download(store: Store, shard: Shard, path: Path) -> Path:
-    """Download one shard, verifying part by part.
-
-    Raises:
-        Corrupt: the first part whose bytes do not match, or a wrong size.
-        KeyMissing, StoreError: as the store says.
-    """
-    with path.open("xb") as file:
-        for part in verified_parts(store, shard):
-            file.write(part)
-    return path
-
-
-def verified_parts(store: Store, shard: Shard) -> Iterator[bytes]:
-    """A shard's parts, each yielded only after its digest matched.
-
-    Raises:
-        Corrupt: a part that does not match, too few or too many bytes.
-    """
-    size = 0
-    for number, start in enumerate(range(0, shard.size, PART_BYTES)):
-        part = store.get_range(shard.key, start, start + PART_BYTES)
-        if number >= len(shard.parts) or hashlib.sha256(part).hexdigest() != shard.parts[number]:
-            raise Corrupt(f"part {number} does not match its digest", op="verify shard", key=shard.key)
-        size += len(part)
-        yield part
-    if size != shard.size:
-        raise Corrupt(f"{size} bytes, not {shard.size}", op="verify shard", key=shard.key)
-
-
-def _demand_room(manifest: Manifest, directory: Path) -> None:
-    free, needed = shutil.disk_usage(directory).free, int(manifest.size * FREE_SPACE_FACTOR)
+def _demand_room(manifest: Manifest, shards: Sequence[Path], assembled: Sequence[TensorSpec], directory: Path) -> None:
+    there = sum(path.stat().st_blocks * 512 for path in shards if path.exists())
+    needed = manifest.size - there + sum(spec.nbytes for spec in assembled) + SPARE_BYTES
+    free = shutil.disk_usage(directory).free
     if free < needed:
         problem = f"{free >> 20} MiB free, {needed >> 20} MiB needed"
         raise StoreError(problem, op="fetch", key=str(directory), hint="Free room, or set rollout.cache_dir elsewhere")
 
 
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _intact(directory: Path, manifest: Manifest, config: bytes) -> bool:
     """Whether a directory of an earlier life still holds this manifest and the bytes that it was given."""
     try:
-        digest = hashlib.sha256()
-        with (directory / WEIGHTS).open("rb") as file:
-            while chunk := file.read(PART_BYTES):
-                digest.update(chunk)
         same = (directory / MANIFEST).read_bytes() == manifest.to_bytes()
         same = same and (directory / CONFIG).read_bytes() == config
-        return same and (directory / DIGEST).read_text() == digest.hexdigest()
-    except OSError:
+        return same and (directory / DIGEST).read_text().split("\n") == list(file_digests(directory / WEIGHTS))
+    except (OSError, ValueError):
         return False

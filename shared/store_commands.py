@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,8 +179,7 @@ def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[s
 
     manifest = catalog.manifest(version)
     expected = base.expected(manifest)
-    with tempfile.TemporaryDirectory(prefix="lorasync-verify-") as scratch:
-        verify(catalog.store, manifest, expected, Path(scratch))
+    verify(catalog.store, manifest, expected)
     parent = manifest.parent
     if parent:
         try:

@@ -11,6 +11,7 @@ import pytest
 import synthetic
 
 from shared import fetch as fetch_module
+from shared import transfer
 from shared.adapter_files import TensorSpec, header_bytes, parse_header
 from shared.catalog import Catalog
 from shared.errors import Corrupt, KeyMissing, StoreError, WrongBase
@@ -63,10 +64,8 @@ def refused(store: LocalStore, manifest: Manifest, out: Path, says: str, error: 
         get(store, manifest, out)
     assert not out.exists()
     assert list(out.parent.glob(f".{out.name}*")) == []
-    scratch = out.parent / "scratch"
-    scratch.mkdir()
     with pytest.raises(error, match=says):
-        verify(store, manifest, synthetic.EXPECTED, scratch)
+        verify(store, manifest, synthetic.EXPECTED)
 
 
 def test_the_result_is_a_plain_peft_directory_in_wire_order(store: LocalStore, tmp_path: Path):
@@ -85,7 +84,7 @@ def test_the_result_is_a_plain_peft_directory_in_wire_order(store: LocalStore, t
         "up_proj",
         "down_proj",
     }
-    verify(store, manifest_of(store), synthetic.EXPECTED, tmp_path)
+    verify(store, manifest_of(store), synthetic.EXPECTED)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
@@ -98,7 +97,7 @@ def test_a_truncated_shard_is_corrupt(store: LocalStore, tmp_path: Path, kept: i
 def test_a_shard_cut_at_a_parts_boundary_or_grown_by_one_is_corrupt(
     store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fetch_module, "PART_BYTES", 1024)
+    monkeypatch.setattr(transfer, "PART_BYTES", 1024)
     manifest = manifest_of(store)
     content = shard_file(store, manifest).read_bytes()
     parts = tuple(hashlib.sha256(content[at : at + 1024]).hexdigest() for at in range(0, len(content), 1024))
@@ -109,6 +108,8 @@ def test_a_shard_cut_at_a_parts_boundary_or_grown_by_one_is_corrupt(
         with pytest.raises(Corrupt):
             get(store, manifest, tmp_path / str(number))
         assert not (tmp_path / str(number)).exists()
+        with pytest.raises(Corrupt):
+            verify(store, manifest, synthetic.EXPECTED)
 
 
 @pytest.mark.parametrize("position", [0, 7, 8, 200, -200, -1])
@@ -180,11 +181,28 @@ def test_a_shard_whose_header_tells_other_names_or_shapes_than_the_manifest_is_c
     manifest = manifest_of(store)
     other_name = changed_header(store, manifest, lambda specs: [specs[0]._replace(name="x"), *specs[1:]])
     refused(store, vouched(store, manifest, other_name), tmp_path / "out", "manifest says")
-    (tmp_path / "scratch").rename(tmp_path / "before")
     turned = changed_header(
         store, manifest_of(store), lambda specs: [specs[0]._replace(shape=specs[0].shape[::-1]), *specs[1:]]
     )
     refused(store, vouched(store, manifest, turned), tmp_path / "out", "manifest says")
+
+
+def test_a_shard_in_another_order_than_ours_is_read_by_its_own_header_and_comes_out_in_wire_order(
+    store: LocalStore, tmp_path: Path
+):
+    manifest = manifest_of(store)
+    file = shard_file(store, manifest)
+    content, tensors = file.read_bytes(), synthetic.read_file(file)
+    placed, _ = parse_header(content, len(content), key="")
+    by_name = sorted((tensor.spec for tensor in placed), key=lambda spec: spec.name)
+    sorted_file = header_bytes(by_name) + b"".join(tensors[spec.name] for spec in by_name)
+    assert sorted_file != content
+    other = vouched(store, manifest, sorted_file)
+    verify(store, other, synthetic.EXPECTED)
+    out = get(store, other, tmp_path / "out")
+    assert (out / WEIGHTS).read_bytes() == content
+    assert {path.name for path in out.iterdir()} == FILES
+    refused(store, vouched(store, manifest, sorted_file[:-2] + b"\x80\x7f"), tmp_path / "nan", "NaN or infinity")
 
 
 def test_missing_extra_and_misshapen_names_are_corrupt(store: LocalStore, tmp_path: Path):
@@ -231,7 +249,7 @@ def test_a_disk_that_is_full_or_not_writable_is_a_store_error_and_leaves_nothing
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Mend the local disk"):
         get(store, manifest_of(store), tmp_path / "file" / "out")
-    monkeypatch.setattr(fetch_module, "FREE_SPACE_FACTOR", 1e18)
+    monkeypatch.setattr(fetch_module, "SPARE_BYTES", 1 << 60)
     with pytest.raises(StoreError, match="MiB needed"):
         get(store, manifest_of(store), tmp_path / "out")
     assert not (tmp_path / "out").exists()

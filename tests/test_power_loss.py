@@ -128,7 +128,7 @@ class Survivors:
         if seen not in self._verified:
             scratch = self._scratch / f"verify-{self.count}"
             scratch.mkdir(exist_ok=True)
-            verify(store, manifest, synthetic.EXPECTED, scratch)
+            verify(store, manifest, synthetic.EXPECTED)
             self._verified.add(seen)
 
     @staticmethod

@@ -217,7 +217,7 @@ def demand_whole(store: LocalStore, version: Version, scratch: Path, why: object
     catalog = Catalog(store, synthetic.ADAPTER)
     assert catalog.newest() == version, why
     scratch.mkdir()
-    verify(store, catalog.manifest(version), synthetic.EXPECTED, scratch)
+    verify(store, catalog.manifest(version), synthetic.EXPECTED)
 
 
 def test_a_publication_outlasts_a_passing_fault_at_any_call_and_ends_at_a_lasting_one(
