@@ -103,6 +103,7 @@ def collect(
         swept = Swept()
     leftovers = catalog.store.sweep(catalog.layout.adapter, LEFTOVER_AFTER_S)
     forget_leases(catalog, plan.seen)
+    forget_probes(catalog, plan.seen.now)
     return Outcome(plan, marked, orphans, swept, leftovers)
 
 
@@ -169,6 +170,13 @@ def forget_leases(catalog: Catalog, seen: Seen) -> None:
     """Delete leases that lapsed long ago. Their holders never write under these names again."""
     for entry in seen.leased.lapsed:
         if seen.now - entry.modified > FORGET_AFTER_S:
+            catalog.store.delete(entry.key)
+
+
+def forget_probes(catalog: Catalog, now: float) -> None:
+    """Delete what killed processes left of their tests of the store and of its clock."""
+    for entry in catalog.store.list(catalog.layout.probes):
+        if now - entry.modified > LEFTOVER_AFTER_S:
             catalog.store.delete(entry.key)
 
 

@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import synthetic
+from memory_folder import memory_folder
 from run_processes import wait_for
 from syscalls import CHANGING, READING, intercepted
 
@@ -36,18 +36,14 @@ PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EINTR, err
 LASTING = (errno.EROFS, errno.EACCES)
 CALLS = (*CHANGING, *READING)
 OLD, NEW, BIG = b"old", b"new bytes", bytes(range(256)) * 300
-MEMORY, DEADLINE_S = Path("/dev/shm"), 60.0
+DEADLINE_S = 60.0
 CLEANUP = ("unlink", "rmdir")  # where these fail, what should have gone may stay until the next sweep
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: thousands of fsyncs, and few directories on the way from /."""
-    if not MEMORY.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
-        yield Path(name)
+def folder() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @dataclass
