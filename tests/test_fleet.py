@@ -97,7 +97,7 @@ def true_digests(folder: Path, versions: int) -> dict[int, str]:
 
 
 def demand_sound(run: Run, folder: Path) -> None:
-    """No reader went back or activated what was not published, and all came to the last version in time."""
+    """No reader went back or activated what was not published, and all came to the last version."""
     plan, truth = run.plan, true_digests(folder, run.plan.versions)
     again = f"again: run_fleet(folder, {plan})"
     assert len(run.logs) == plan.readers and run.outcome.deaths == plan.killed, again
@@ -110,7 +110,6 @@ def demand_sound(run: Run, folder: Path) -> None:
             assert is_on, f"reader {reader} went from {before} to {after}, {again}"
         assert {line.number for line in lines if line.what == "refused"} <= plan.damaged_numbers(), again
     assert set(run.outcome.last.values()) == {plan.versions - 1}, again
-    assert run.converged_s()[-1] < CONVERGED_S, again
     assert run.outcome.most_bytes < MAX_BYTES, again
 
 
@@ -138,6 +137,8 @@ def test_a_fleet_of_32_follows_20_versions_at_10_a_second_while_some_are_killed(
 
 @pytest.mark.soak
 def test_a_fleet_of_128_follows_50_versions_at_10_a_second_while_a_tenth_is_killed(tmp_path: Path) -> None:
+    """Alone on its machine: the only test that asks how soon."""
     run = run_fleet(tmp_path, Plan(readers=128, versions=50, killed=13, damaged=4, seed=1))
     print(told(run))
     demand_sound(run, tmp_path)
+    assert run.converged_s()[-1] < CONVERGED_S
