@@ -14,6 +14,7 @@ rollback is not void itself. `publisher.collect` reads, and does what is decided
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from shared.config import RetentionConfig
 from shared.fates import Fate
 from shared.leases import Leased
 from shared.versions import Version
@@ -34,6 +35,11 @@ class Rule:
     def newest(self) -> int:
         """How many of the newest versions are kept; 0 for all."""
         return max(self.keep_versions, self.max_staleness + MIN_BEYOND_STALENESS) if self.keep_versions else 0
+
+
+def rule_of(retention: RetentionConfig, max_staleness: int) -> Rule:
+    """The rule that a configuration says."""
+    return Rule(retention.keep_versions, max_staleness, retention.keep_younger_s, retention.orphan_after_s)
 
 
 @dataclass(frozen=True)

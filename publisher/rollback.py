@@ -15,6 +15,7 @@ again goes back after all. A rollback of a rollback uses the data of its origin,
     rollbacks/{origin}/{new}.json    {"rolled_back_to": "0001-000007", "training": the origin's, "by": ..., "at": ...}
 """
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,14 +72,14 @@ def roll_back(
     catalog: Catalog,
     version: Version,
     *,
-    by: str,
+    by: str = "",
     seal: Seal = Manifest.sealed,
     clock: Callable[[], float] = time.time,
 ) -> Manifest:
     """Go back to a version. The trainer that runs is fenced, whatever comes of it.
 
     Args:
-        by: who asks, for people.
+        by: who asks, for people; empty: the host.
         seal: gives the manifest its digest, and its signature where the run signs.
 
     Returns:
@@ -94,7 +95,12 @@ def roll_back(
     origin = _origin(target)
     claim = claim_epoch(store, layout, clock)
     new = Version(claim.epoch, version.number)
-    marker = {"rolled_back_to": str(version), "training": dict(target.training), "by": by, "at": clock()}
+    marker = {
+        "rolled_back_to": str(version),
+        "training": dict(target.training),
+        "by": by or socket.gethostname(),
+        "at": clock(),
+    }
     if not store.put_if_absent(layout.rollback(origin, new), strict_json.dumps(marker)):
         raise Fenced(f"another rollback is called {new}", op="rollback", key=layout.rollback(origin, new))
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared import config
-from shared.config import Config, StoreConfig
+from shared.config import Config, Section, StoreConfig
 from shared.errors import UsageError
 
 
@@ -90,10 +90,19 @@ def read_store_config(options: argparse.Namespace) -> StoreConfig:
     """
     if not options.store and not options.config:
         raise UsageError("which store?", op="read arguments", hint="Give --store URL or --config FILE")
-    section = _read(options).get("store", {})
-    if not isinstance(section, Mapping):
-        raise UsageError("store must be a table", op="read config")
-    return config.parse(StoreConfig, section, "store")
+    return read_section(options, "store", StoreConfig)
+
+
+def read_section(options: argparse.Namespace, name: str, section: type[Section]) -> Section:
+    """One section alone, by its defaults where the file has none.
+
+    Raises:
+        UsageError: a bad value, or a key missing that has no default.
+    """
+    found = _read(options).get(name, {})
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{name} must be a table", op="read config")
+    return config.parse(section, found, name)
 
 
 def store_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class Catalog:
         found = (version_of(entry.key) for entry in entries if entry.size != len(VOID))
         return sorted(version for version in found if version)
 
+    def collected(self) -> list[Version]:
+        """Versions that retention took, ascending: two listings. The void of an attempt is none: it was no version."""
+        entries = self.store.list(self.layout.manifests)
+        void = {version_of(entry.key) for entry in entries if entry.size == len(VOID)}
+        decided = {version_of(entry.key) for entry in self.store.list(self.layout.fates)}
+        return sorted(version for version in void & decided if version)
+
     def newest(self) -> Version | None:
         """The latest version by listing."""
         versions = self.versions()

@@ -166,6 +166,24 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RetentionConfig:
+    """What the trainer's process deletes, and `lorasync gc` by default. Ages are by the store's own clock.
+
+    Attributes:
+        keep_versions: the newest that are kept, but never fewer than train.max_staleness needs; 0: all of them.
+        grace_s: between the end of a version and that of its data, for readers without a lease.
+        keep_checkpoints: the trainer's own, for damage and for rollbacks.
+    """
+
+    keep_versions: int = _at_least(0, 0)
+    keep_younger_s: float = _at_least(0, 0.0)
+    orphan_after_s: float = _above(0, 3600.0)
+    interval_s: float = _above(0, 60.0)
+    grace_s: float = _at_least(0, 10.0)
+    keep_checkpoints: int = _at_least(1, 2)
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole file."""
 
@@ -175,6 +193,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -27,6 +27,9 @@ COMMANDS = {
     "verify": "shared.store_commands",
     "export": "shared.store_commands",
     "status": "shared.store_commands",
+    "pin": "publisher.commands",
+    "rollback": "publisher.commands",
+    "gc": "publisher.commands",
 }
 
 Run = Callable[[argparse.Namespace], int]

@@ -1,20 +1,22 @@
 """`lorasync versions`, `verify`, `export`, `status`: what a person asks of a store. Light at import."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.arguments import add_config_arguments, add_trust_argument, read_store_config
-from shared.errors import Corrupt, KeyMissing, Untrusted, UsageError
+from shared.errors import Corrupt, KeyMissing, StoreError, Untrusted, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from shared.catalog import Catalog
+    from shared.fates import Entry
     from shared.manifest import Manifest
     from shared.versions import Version
 
@@ -39,7 +41,8 @@ def add_verify(subparsers: Subparsers) -> None:
         "verify",
         help="check every byte of a version",
         description="Checks digests, headers, shapes and values, and against the parent's digest where the parent "
-        "is still there. Only with --base it also knows which tensors the model calls for. Exit code 4: corrupt.",
+        "is still there. Only with --base it also knows which tensors the model calls for. Exit code 4: corrupt, or "
+        "data of a version that was not collected is gone.",
     )
     add_config_arguments(parser)
     add_trust_argument(parser)
@@ -100,11 +103,11 @@ def _versions(options: argparse.Namespace) -> int:
     catalog = _catalog(options)
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
-    receipts = _receipts(catalog)
+    receipts, pins = _receipts(catalog), _pins(catalog)
     rows = []
     for version in catalog.versions()[-options.limit :]:
         try:
-            rows.append({**_row(catalog.manifest(version)), "receipts": receipts.get(version, [])})
+            rows.append({**_row(catalog.manifest(version), pins.get(version)), "receipts": receipts.get(version, [])})
         except KeyMissing:  # expired since the listing
             continue
         except Corrupt as error:
@@ -119,7 +122,7 @@ def _versions(options: argparse.Namespace) -> int:
     return Corrupt.exit_code if any("corrupt" in row for row in rows) else 0
 
 
-def _row(manifest: "Manifest") -> dict[str, Any]:
+def _row(manifest: "Manifest", pin: "Entry | None") -> dict[str, Any]:
     from shared.status import submitted_at
 
     return {
@@ -129,7 +132,27 @@ def _row(manifest: "Manifest") -> dict[str, Any]:
         "parent": str(manifest.parent.version) if manifest.parent else None,
         "submitted_at": submitted_at(manifest.training),
         "digest": manifest.digest,
+        "signed_by": manifest.signature.key if manifest.signature else None,
+        "rolled_back_to": manifest.training.get("rolled_back_to"),
+        "pinned": {"by": pin.by, "reason": pin.reason, "at": pin.at} if pin else None,
     }
+
+
+def _pins(catalog: "Catalog") -> "dict[Version, Entry]":
+    """The pinned versions: one listing, and a read for each version that was ever pinned or collected half-way."""
+    from shared.fates import Fate, Fates
+
+    fates, alive, found = Fates(catalog.store, catalog.layout), set(catalog.versions()), {}
+    for version, n in fates.logged().items():
+        if version in alive:
+            try:
+                entry = fates.entry(version, n)
+            except Corrupt as error:
+                print(f"lorasync: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            if entry.fate is Fate.PINNED:
+                found[version] = entry
+    return found
 
 
 def _receipts(catalog: "Catalog") -> "dict[Version, list[str]]":
@@ -148,7 +171,9 @@ def _verify(options: argparse.Namespace) -> int:
     catalog = _catalog(options)
     versions = catalog.versions() if options.all else [catalog.resolve(options.version)]
     base = _Base(options.base)
-    results = []
+    results: list[dict[str, Any]] = []
+    if options.all:
+        results += ({"version": str(version), "ok": True, "expired": True} for version in catalog.collected())
     for number, version in enumerate(versions, start=1):
         if sys.stderr.isatty() and len(versions) > 1:
             print(f"\rverifying {number} of {len(versions)}: {version} ", end="", file=sys.stderr, flush=True)
@@ -157,10 +182,13 @@ def _verify(options: argparse.Namespace) -> int:
             result.update(_verify_one(catalog, base, version))
         except Corrupt as error:
             result.update(ok=False, error=f"{type(error).__name__}: {error}")
-        except KeyMissing:
-            if not options.all:
+        except KeyMissing as error:
+            if version in catalog.versions():
+                result.update(ok=False, error=f"{error}")
+            elif not options.all:
                 raise
-            result.update(ok=True, expired=True)  # its retention ended while we looked
+            else:
+                result.update(expired=True)  # its retention ended while we looked
         results.append(result)
     if sys.stderr.isatty() and len(versions) > 1:
         print("\r\033[K", end="", file=sys.stderr)
@@ -168,18 +196,21 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(results))
     else:
-        for result in results:
+        there = [result for result in results if "expired" not in result]
+        for result in there:
             print(_verdict(result))
-        print(f"{len(results) - bad} of {len(results)} versions whole")
+        expired = f", {len(results) - len(there)} expired" if len(results) > len(there) else ""
+        print(f"{len(there) - bad} of {len(there)} versions whole{expired}")
     return Corrupt.exit_code if bad else 0
 
 
 def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[str, Any]:
     from shared.fetch import verify
 
-    manifest = catalog.manifest(version)
-    expected = base.expected(manifest)
-    verify(catalog.store, manifest, expected)
+    with _held(catalog, version, "verify"):
+        manifest = catalog.manifest(version)
+        expected = base.expected(manifest)
+        verify(catalog.store, manifest, expected)
     parent = manifest.parent
     if parent:
         try:
@@ -192,11 +223,27 @@ def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[s
     return {"bytes": manifest.size, "tensors": len(expected)}
 
 
+@contextlib.contextmanager
+def _held(catalog: "Catalog", version: "Version", reader: str) -> Iterator[None]:
+    """Keep a version from being collected while it is read. Who may only read does without, and is told."""
+    from shared.leases import Lease
+
+    lease = Lease(catalog.store, catalog.layout, reader)
+    try:
+        lease.take({version})
+    except StoreError as error:
+        print(f"lorasync: reading without a lease: {error}", file=sys.stderr)
+    try:
+        with lease.kept():
+            yield
+    finally:
+        with contextlib.suppress(StoreError):  # it lapses
+            lease.release()
+
+
 def _verdict(result: Mapping[str, Any]) -> str:
     if not result["ok"]:
         return f"{result['version']}  CORRUPT  {result['error']}"
-    if "expired" in result:
-        return f"{result['version']}  expired"
     return f"{result['version']}  ok  {result['tensors']} tensors, {result['bytes']:,} bytes"
 
 
@@ -234,10 +281,11 @@ def _export(options: argparse.Namespace) -> int:
         held = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
         if held and (MANIFEST not in held or not held <= {CONFIG, DIGEST, MANIFEST, WEIGHTS}):
             raise UsageError("not an empty directory", op="export", key=str(out), hint="Name a new one with --out")
-    manifest = catalog.manifest(catalog.resolve(options.version))
-    base = _Base(options.base)
-    base_name = str(options.base) if options.base else manifest.base.model_type
-    fetch(catalog.store, manifest, base.expected(manifest), out.absolute(), base_name=base_name)
+    version, base = catalog.resolve(options.version), _Base(options.base)
+    with _held(catalog, version, "export"):
+        manifest = catalog.manifest(version)
+        base_name = str(options.base) if options.base else manifest.base.model_type
+        fetch(catalog.store, manifest, base.expected(manifest), out.absolute(), base_name=base_name)
     print(f"{catalog.layout.adapter}@{manifest.version} in {out}")
     return 0
 

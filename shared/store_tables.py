@@ -19,7 +19,10 @@ def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(row["version"], "", "", "", "CORRUPT", " ".join(row["receipts"]))
             continue
         size, step, at = f"{row['bytes']:,}", "" if row["step"] is None else str(row["step"]), row["submitted_at"]
-        table.add_row(row["version"], step, size, row["parent"] or "", local_time(at), " ".join(row["receipts"]))
+        notes = ["pinned"] if row["pinned"] else []
+        notes += [f"back to {row['rolled_back_to']}"] if row["rolled_back_to"] else []
+        receipts = " ".join(row["receipts"]) + (f" ({', '.join(notes)})" if notes else "")
+        table.add_row(row["version"], step, size, row["parent"] or "", local_time(at), receipts.strip())
     return table
 
 

@@ -21,7 +21,7 @@ from shared.store import Store
 from shared.stores import open_store
 from shared.versions import Version
 
-LIGHT_COMMANDS = ("versions", "verify", "export", "status")
+LIGHT_COMMANDS = ("versions", "verify", "export", "status", "gc", "pin", "rollback")
 
 
 def lorasync(*words: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
