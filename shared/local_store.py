@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from shared.durable_files import Directories, sync_directory, written_beside
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
-from shared.store import Entry, Fetched, check_key
+from shared.store import Entry, Fetched, check_key, exactly
 
 Result = TypeVar("Result")
 
@@ -108,7 +108,7 @@ class LocalStore:
         def write() -> None:
             path = self._path(key)
             self._demand_room(size, key)
-            self._replace(path, chunks)
+            self._replace(path, exactly(chunks, size, key))
 
         _translated("put", key, write)
 

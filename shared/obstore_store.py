@@ -22,7 +22,7 @@ from fsspec.asyn import get_loop, sync
 from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.retry import Fault, Retry
-from shared.s3_upload import IN_FLIGHT, PART_BYTES, part_bytes, regroup
+from shared.s3_upload import IN_FLIGHT, PART_BYTES, part_bytes
 from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly
 from shared.store_faults import Symptoms, diagnose
 
@@ -37,6 +37,7 @@ S3_OPTIONS = {
     "anon": "skip_signature",
 }
 PAGE_KEYS = 1000
+PIECE_BYTES = 1 << 20
 
 _STATUS, _CODE = re.compile(r"status code: (\d{3})"), re.compile(r"<Code>(\w+)</Code>")
 
@@ -123,7 +124,7 @@ class ObstoreStore:
 
         def pieces() -> Iterator[bytes]:
             try:
-                yield from regroup(whole, length)
+                yield from _copied(whole)
             except BaseException as error:
                 broken.append(error)
                 raise
@@ -260,6 +261,13 @@ class ObstoreStore:
 
     def _fault(self, op: str, key: str, error: Exception) -> Fault:
         return diagnose(_symptoms(error), url=self.url, op=op, key=key)
+
+
+def _copied(chunks: Iterable[memoryview]) -> Iterator[bytes]:
+    """The bytes in small pieces: obstore waits for room between pieces, not inside one, and keeps what it gets."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), PIECE_BYTES):
+            yield bytes(chunk[start : start + PIECE_BYTES])
 
 
 async def _next_page(stream: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -179,14 +179,18 @@ class S3Store:
 
     def _call(self, method: str, **parameters: Any) -> Mapping[str, Any]:
         """One request, with a deadline by the size of what it sends."""
-        body = parameters.get("Body", b"")
-        if body:  # aiohttp would copy plain bytes into its buffer at once
-            parameters["Body"] = BytesIO(body)
-        deadline_s = retry.deadline_s(len(body))
+        size = 0
+        if body := parameters.get("Body"):
+            # As a file: aiohttp would copy plain bytes into its buffer at once.
+            file = body if isinstance(body, BytesIO) else BytesIO(body)
+            size = file.seek(0, SEEK_END)
+            file.seek(0)
+            parameters["Body"] = file
+        deadline_s = retry.deadline_s(size)
         try:
             answer = self._fs.call_s3(method, Bucket=self._bucket, timeout=deadline_s, **parameters)
         except fsspec.exceptions.FSTimeoutError as error:
-            raise TimeoutError(f"{len(body)} bytes not taken within {deadline_s:.0f} s") from error
+            raise TimeoutError(f"{size} bytes not taken within {deadline_s:.0f} s") from error
         return cast(Mapping[str, Any], answer)
 
     def _body(self, answer: Mapping[str, Any], key: str, max_bytes: int | None = None) -> bytes:
