@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared import parquet_pages
 from shared.errors import Corrupt, UsageError
+from shared.parquet_bounds import Limits, demand_bounded
 from shared.versions import Version
 
 MAX_FILE_BYTES = 256 << 20  # and of one column, decompressed
@@ -127,48 +127,14 @@ def _demand_readable(content: bytes) -> None:
     """
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{len(content)} bytes, more than the {MAX_FILE_BYTES} allowed")
-    if (footer_bytes := parquet_pages.footer_bytes(content)) > MAX_FOOTER_BYTES:
-        raise ValueError(f"a footer of {footer_bytes} bytes, more than the {MAX_FOOTER_BYTES} allowed")
-    file = pq.ParquetFile(pa.BufferReader(content))
+    limits = Limits(MAX_FOOTER_BYTES, MAX_ROWS, MAX_PAGES, MAX_VALUES, MAX_FILE_BYTES)
+    demand_bounded(content, SCHEMA.names, limits)
+    schema = pq.read_schema(pa.BufferReader(content))
     for field in SCHEMA:
-        found = [other.type for other in file.schema_arrow if other.name == field.name]
+        found = [other.type for other in schema if other.name == field.name]
         if found != [field.type]:
             said = ", ".join(map(str, found)) or "missing"
             raise ValueError(f"column {field.name} must be {field.type}, is {said}")
-    _demand_bounded(content, file.metadata)
-
-
-def _demand_bounded(content: bytes, footer: Any) -> None:
-    """Check rows, pages, values and decompressed sizes against the limits, by the pages themselves.
-
-    Raises:
-        ValueError: says which column, or that the footer tells otherwise than the pages.
-    """
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    rows = [group.num_rows for group in groups]
-    if sum(rows) != footer.num_rows or any(count < 0 for count in rows):
-        raise ValueError("rows that do not add up")
-    if footer.num_rows > MAX_ROWS:
-        raise ValueError(f"{footer.num_rows} rows, more than the {MAX_ROWS} allowed")
-    pages, values, sizes = 0, dict.fromkeys(SCHEMA.names, 0), dict.fromkeys(SCHEMA.names, 0)
-    # By their number, for that is how they are read: the path that a chunk says of itself is one more claim.
-    names = [footer.schema.column(number).path.split(".")[0] for number in range(footer.num_columns)]
-    for group in groups:
-        for number, name in enumerate(names):
-            chunk = group.column(number)
-            if name not in values or chunk.num_values == 0:  # not read; without rows its offsets mean nothing
-                continue
-            start = chunk.data_page_offset
-            if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-                start = chunk.dictionary_page_offset
-            found = parquet_pages.walk(content, start, chunk.total_compressed_size, max_pages=MAX_PAGES - pages)
-            if found.values != chunk.num_values:
-                raise ValueError(f"{found.values} values in column {name}, its footer says {chunk.num_values}")
-            pages += found.count
-            values[name] += found.values
-            sizes[name] += found.bytes
-            if values[name] > MAX_VALUES or sizes[name] > MAX_FILE_BYTES:
-                raise ValueError(f"{values[name]} values in {sizes[name]} bytes of column {name}, more than allowed")
 
 
 def _demand_whole(table: pa.Table) -> None:

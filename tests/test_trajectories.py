@@ -31,6 +31,7 @@ ROW: dict[str, Any] = {
 }
 SAMPLE = Sample("g", "p", (1,), (2, 3), (-0.5, -0.25), (Version(1, 4), Version(1, 5)), 1.0, True, "n")
 FILE = encode([SAMPLE, SAMPLE])
+POOLS: list[pa.MemoryPool] = []  # never freed: an error that is still held may hold what was allocated from one
 
 
 def file_of(table: pa.Table, **options: Any) -> bytes:
@@ -84,6 +85,7 @@ def bounded(content: bytes, says: str) -> None:
     """Refused, without having allocated a megabyte beyond the file."""
     usual = pa.default_memory_pool()
     counting = pa.proxy_memory_pool(usual)
+    POOLS.append(counting)
     pa.set_memory_pool(counting)
     tracemalloc.start()
     try:
@@ -148,12 +150,14 @@ def test_a_footer_that_tells_smaller_sizes_than_the_pages_have_is_refused_before
     bounded(footer_saying(content, {chunk.total_uncompressed_size: 100}), "bytes of column tokens, more than")
 
 
-def test_a_footer_that_gives_a_chunk_anothers_name_does_not_hide_its_values():
+def test_a_footer_that_gives_a_chunk_another_name_does_not_hide_its_values():
     content = with_tokens(MAX_VALUES + 1)
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     path = b"\x06tokens\x04list\x07element"  # as a chunk spells it; the schema has its names elsewhere
     assert content[at:].count(path) == 1
-    bounded(content[:at] + content[at:].replace(path, b"\x06tomens\x04list\x07element"), "column tokens, more than")
+    bounded(
+        content[:at] + content[at:].replace(path, b"\x06tomens\x04list\x07element"), "column tokens is called otherwise"
+    )
 
 
 def test_texts_spelt_as_beginnings_of_the_ones_before_are_refused():
@@ -174,7 +178,7 @@ def test_a_large_footer_is_refused_before_it_is_parsed():
 
 def test_row_groups_that_point_at_the_same_pages_count_each_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trajectories, "MAX_PAGES", 10)
-    with pytest.raises(Corrupt, match=r"more than \d+ pages"):
+    with pytest.raises(Corrupt, match="more pages than allowed"):
         decode(file_of(table_of(*[ROW] * 20), row_group_size=1), key="k")
 
 
