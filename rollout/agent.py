@@ -4,7 +4,8 @@
 
 Promises: a version is routed only after its proof and its receipt; whatever fails, the last good version keeps
 serving; a version that fails `quarantine_after` times is left alone until a newer one comes; an engine that lost its
-adapters (a restart) gets them again; names are immutable, never loaded in place.
+adapters (a restart) gets them again; names are immutable, never loaded in place; what is fetched and what is routed is
+leased, so that no collector deletes it.
 Does not: start the engine (`rollout.vllm_server`), sample (`rollout.sampler`).
 """
 
@@ -110,6 +111,7 @@ class Agent:
         self._at_hand: Version | None = None
         self._failures_in_a_row, self._rest_until = 0, 0.0  # with the version at hand
         self._outage = Outage("agent")
+        self._lease_failing = False
         self._routing = threading.Lock()
         self._engine_gone = False
 
@@ -122,6 +124,7 @@ class Agent:
         """Look once and act once. Lets no error of store, engine or version out: they are counted and logged."""
         if self._engine_gone:
             self._forget_engine()
+        self._keep_lease()
         wanted: Version | None = None
         try:
             wanted = self._watcher.look(without=self.quarantined)
@@ -152,6 +155,23 @@ class Agent:
             self._router.route(None)
             self._engine_gone = True
 
+    def stop(self) -> None:
+        """Let go of what is leased; `tick` is over after this."""
+        self._delivery.release()
+
+    def _keep_lease(self) -> None:
+        """Hold what is routed. A store that does not take it may collect it, and nothing is served worse for that."""
+        routed = self._router.routed
+        try:
+            self._delivery.hold([routed.version] if routed else [])
+        except StoreError as error:
+            self.health.failures += 1
+            if not self._lease_failing:
+                log.warning("lease not renewed, trying again: %s", error)
+            self._lease_failing = True
+        else:
+            self._lease_failing = False
+
     def _forget_engine(self) -> None:
         self._engine_gone = False
         self._loaded.clear()
@@ -174,8 +194,8 @@ class Agent:
         return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras, rested)
 
     def _deliver(self, version: Version) -> None:
-        noticed = self._clock()
-        delivered = self._delivery.deliver(version)
+        noticed, routed = self._clock(), self._router.routed
+        delivered = self._delivery.deliver(version, beside=[routed.version] if routed else [])
         self._loaded.add(version)
         served = self._clock()
         manifest = delivered.manifest

@@ -3,6 +3,7 @@
 The agent adds to it watching, counting, receipts and routing; replay uses it as it is.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -15,8 +16,9 @@ from rollout.proof import Proof, Rows, canary_sequences, prove
 from shared.base_model import BaseIdentity, identify, read_base_config
 from shared.catalog import Catalog
 from shared.config import Config
-from shared.errors import Corrupt, EngineError
+from shared.errors import Corrupt, EngineError, StoreError
 from shared.fetch import fetch
+from shared.leases import Lease
 from shared.manifest import Manifest
 from shared.peft_names import expected_tensors
 from shared.versions import Version, served_name
@@ -69,9 +71,12 @@ class Delivered:
 class Delivery:
     """Delivers versions of one adapter to one engine. Used by one thread.
 
+    A version is leased before its manifest is read, so that nobody collects it on the way.
+
     Args:
         name_prefix: set before served names by who shares an engine with an agent: names of another adapter's form,
             which the agent neither adopts nor unloads.
+        reader: under which name it holds leases.
     """
 
     def __init__(
@@ -82,18 +87,23 @@ class Delivery:
         clock: Callable[[], float] = time.monotonic,
         *,
         name_prefix: str = "",
+        reader: str = "delivery",
     ) -> None:
         self._catalog, self._engine, self._target, self._clock = catalog, engine, target, clock
         self._served_adapter = name_prefix + catalog.layout.adapter
         self._folder = target.cache / catalog.layout.adapter
+        self._lease = Lease(catalog.store, catalog.layout, reader)
         self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
 
     def name(self, version: Version) -> str:
         """Under which the engine serves a version."""
         return served_name(self._served_adapter, version)
 
-    def deliver(self, version: Version) -> Delivered:
+    def deliver(self, version: Version, beside: Collection[Version] = ()) -> Delivered:
         """Bring a version into the engine; one that fails its proof is unloaded again.
+
+        Args:
+            beside: versions that stay leased as well.
 
         Raises:
             KeyMissing: the version expired.
@@ -102,11 +112,13 @@ class Delivery:
             EngineError: the engine failed, refused it, or serves something else (NotProven).
         """
         began = self._clock()
-        manifest = self._catalog.manifest(version)
-        self._check(manifest)
-        expected = expected_tensors(self._target.base_config, manifest.lora.targets, manifest.lora.rank)
-        directory = self._folder / str(version)
-        fetch(self._catalog.store, manifest, expected, directory, base_name=manifest.base.model_type)
+        self._lease.take({version, *beside})
+        with self._lease.kept():
+            manifest = self._catalog.manifest(version)
+            self._check(manifest)
+            expected = expected_tensors(self._target.base_config, manifest.lora.targets, manifest.lora.rank)
+            directory = self._folder / str(version)
+            fetch(self._catalog.store, manifest, expected, directory, base_name=manifest.base.model_type)
         fetched = self._clock()
         name, before = self.name(version), self._base_before(manifest)
         if name not in self._engine.models():
@@ -119,6 +131,22 @@ class Delivery:
             raise
         proven = self._clock()
         return Delivered(manifest, name, directory, proof, fetched - began, loaded - began, proven - began)
+
+    def hold(self, versions: Collection[Version]) -> None:
+        """Keep these versions leased, and only these from the next renewal on; writes nothing before that is due.
+
+        Raises:
+            StoreError: the store failed; call again.
+        """
+        if versions:
+            self._lease.take(versions)
+        else:
+            self._lease.renew()
+
+    def release(self) -> None:
+        """Lease nothing any more."""
+        with contextlib.suppress(StoreError):  # it lapses
+            self._lease.release()
 
     def sweep(self, keep: Collection[Version]) -> None:
         """Delete cached versions but these, and what a killed fetch left behind."""

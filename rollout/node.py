@@ -69,7 +69,7 @@ class Node:
             poll_interval_s=config.store.poll_interval_s,
             list_interval_s=config.store.list_interval_s,
         )
-        delivery = Delivery(self._catalog, engine, target)
+        delivery = Delivery(self._catalog, engine, target, reader=config.rollout.node)
         self._heldout = Heldout(self._catalog, engine, self._router, config, heldout_prompts, reward)
         self._agent = Agent(
             self._catalog,
@@ -121,6 +121,7 @@ class Node:
             for thread in threads:
                 thread.join(self._config.rollout.request_timeout_s)
             self._watcher.close()
+            self._agent.stop()
             with contextlib.suppress(UsageError):  # the name is another's now: its hint stays
                 self._tell("stopped")
         if self._failure is not None:

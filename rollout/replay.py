@@ -124,6 +124,7 @@ def replay(
         finally:
             engine.unload(delivered.name)
             delivery.sweep(keep=())
+            delivery.release()
         step = int(delivered.manifest.training.get("step", -1))
         yield Replayed(version, step, evaluation, _recorded(catalog, version, prompts, seed))
 

@@ -53,7 +53,9 @@ def replay_and_report(config: Config, versions: str, out: Path | None) -> bool:
         if serving.server is not None:
             serving.server.start(tell_start)
         engine = serving.engine
-        delivery = Delivery(catalog, engine, engine_target(config, serving.base_name), name_prefix=f"{own}.")
+        delivery = Delivery(
+            catalog, engine, engine_target(config, serving.base_name), name_prefix=f"{own}.", reader=own
+        )
         max_tokens, seed = config.task.max_new_tokens, config.rollout.seed
         for one in replay(catalog, engine, delivery, chosen, prompts, reward, max_tokens=max_tokens, seed=seed):
             done.append(one)

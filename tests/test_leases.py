@@ -1,10 +1,11 @@
-"""Leases: written when something changes or it is time, counted on the store's clock, safe from writes that come late."""
+"""Leases: written when something changes or it is time, counted on the store's clock, safe from late writes."""
 
 import threading
 from pathlib import Path
 
 import pytest
 from s3_server import S3Server
+from test_agent import Bench
 from tiny_versions import LAYOUT, ClockedStore
 
 from shared import strict_json
@@ -149,7 +150,9 @@ def test_a_reader_that_moves_to_another_object_while_it_is_looked_for_is_found(s
 
 
 def test_a_lease_that_cannot_be_read_counts_for_every_version_until_it_is_an_hour_old(store: ClockedStore):
-    for number, content in enumerate([b"{", b"{}", b'{"holder":"x","ttl_s":"long","versions":[]}', b'{"versions":[7]}']):
+    for number, content in enumerate(
+        [b"{", b"{}", b'{"holder":"x","ttl_s":"long","versions":[]}', b'{"versions":[7]}']
+    ):
         store.put(LAYOUT.lease("odd", number), content)
     assert len(read_leases(store, LAYOUT, store.now).holders(V3)) == 4
     store.now += 3700
@@ -185,3 +188,52 @@ def test_a_busy_reader_is_kept_by_a_thread_and_a_store_that_fails_does_not_end_i
     with lease.kept():
         assert renewed.wait(30)
     assert len(set(tries)) == 1, "renewals write over the same object"
+
+
+def test_a_node_leases_what_it_fetches_and_what_it_serves_and_nothing_once_it_stopped(tmp_path: Path):
+    bench = Bench(tmp_path)
+    first = bench.publish(0)
+    bench.agent.tick()
+    assert set(held(bench.store)) == {first}
+    second = bench.publish(1)
+    bench.agent.tick()
+    assert set(held(bench.store)) == {first, second}, "the first one until the next renewal"
+    bench.agent.stop()
+    assert held(bench.store) == {}
+
+
+def test_a_node_that_polls_writes_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(tmp_path)
+    bench.publish(0)
+    bench.agent.tick()
+    written: list[str] = []
+    put = bench.store.put
+    monkeypatch.setattr(bench.store, "put", lambda key, content: (written.append(key), put(key, content)))
+    for _ in range(50):
+        bench.agent.tick()
+    assert written == []
+
+
+def test_a_lease_is_there_before_the_manifest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(tmp_path)
+    version = bench.publish(0)
+    seen: list[bool] = []
+    manifest = bench.catalog.manifest
+    monkeypatch.setattr(bench.catalog, "manifest", lambda v: (seen.append(v in held(bench.store)), manifest(v))[1])
+    bench.agent.tick()
+    assert bench.serving == version and seen and all(seen)
+
+
+def test_a_store_that_takes_no_leases_does_not_keep_a_node_from_serving_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bench = Bench(tmp_path)
+    version = bench.publish(0)
+    bench.agent.tick()
+
+    def refuse(_versions: object) -> None:
+        raise StoreError("503", op="put", key="lease", retryable=True)
+
+    monkeypatch.setattr("rollout.delivery.Lease.take", lambda _self, versions: refuse(versions))
+    bench.agent.tick()
+    assert bench.serving == version and bench.agent.health.failures == 1

@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from publisher.collector import Collector
 from publisher.epochs import demand_unfenced
 from publisher.publisher import Published, Publisher
+from publisher.retention import rule_of
 from shared.base_model import identify
-from shared.catalog import check_layout
+from shared.catalog import Catalog, check_layout
 from shared.config import Config
 from shared.errors import Corrupt, StoreError
 from shared.layout import Layout
@@ -93,7 +95,7 @@ class Trainer:
             on_published=self._note,
             clock=clock,
         )
-        self._checkpoints = CheckpointWriter(store, self._layout)
+        self._checkpoints = CheckpointWriter(store, self._layout, config.retention.keep_checkpoints)
         self._hint = ProgressHint(store, self._layout, self._life.claim.epoch)
         self._intake = Intake(
             store,
@@ -107,6 +109,16 @@ class Trainer:
             max_staleness=config.train.max_staleness,
             position=self._life.position,
             poll_interval_s=config.store.poll_interval_s,
+        )
+        self._collector = self._new_collector() if config.retention.keep_versions else None
+
+    def _new_collector(self) -> Collector:
+        retention = self._config.retention
+        return Collector(
+            Catalog(self._store, self._layout.adapter),
+            rule_of(retention, self._train.max_staleness),
+            interval_s=retention.interval_s,
+            grace_s=retention.grace_s,
         )
 
     def run(self) -> dict[str, Any]:
@@ -148,6 +160,8 @@ class Trainer:
             "skipped_versions": self._publisher.skipped,
             "missed_checkpoints": self._checkpoints.missed,
             "missed_hints": self._hint.missed,
+            "collected_versions": self._collector.collected if self._collector else 0,
+            "failed_collections": self._collector.failures if self._collector else 0,
             "store_failures": self._publisher.store_failures + self._intake.store_failures + self._fence.failures,
             **self._publishing(),
             **{name: life.last.get(name) for name in ("loss", "mean_reward", "grad_norm", "wait_s", "step_s")},
@@ -188,7 +202,8 @@ class Trainer:
         canary = self._policy.canary()
         self._canary_s = time.monotonic() - started
         taken = self._intake.position.taken
-        training = {"step": life.step, "taken_groups": taken, **life.last, **self._publishing()}
+        training: dict[str, Any] = {"step": life.step, "taken_groups": taken, **life.last, **self._publishing()}
+        training["lineage"] = life.lineage.to_json()  # for who goes on from here after a rollback
         self._publisher.submit(self._number, self._policy.slices(), training=training, canary=canary, must=must)
 
     def _note(self, published: Published) -> None:
@@ -242,6 +257,8 @@ class Trainer:
             self._publisher.close(abandon=True)
             raise
         finally:
+            if self._collector is not None:
+                self._collector.close()
             self._checkpoints.shutdown()
             self._hint.close()
 
