@@ -21,6 +21,7 @@ from typing import Any
 from shared.config import TrainConfig
 from shared.layout import Layout, groups_of, version_of
 from shared.manifest import Manifest
+from shared.status import number
 from shared.store import Store
 
 LIST_EVERY_S = 2.0
@@ -52,7 +53,7 @@ def taken_when_published(manifest: Manifest, progress: Mapping[str, Any] | None)
     or sampling would stop at the first bound.
     """
     if progress and progress.get("frozen"):
-        return int(progress["taken_groups"])
+        return int(number(progress.get("taken_groups")) or 0)
     return int(manifest.training.get("taken_groups", 0))
 
 

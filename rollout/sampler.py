@@ -22,6 +22,7 @@ from shared.catalog import Catalog
 from shared.config import Config
 from shared.errors import EngineError, StoreError
 from shared.manifest import Manifest
+from shared.status import number
 from shared.trajectories import Sample
 from shared.versions import Version, served_name
 
@@ -126,7 +127,7 @@ class Sampler:
             produced=produced,
             running=len(running) * rollout.groups_per_request,
             taken=taken_when_published(manifest, progress),
-            dropped=int((progress or {}).get("dropped_groups", 0)),
+            dropped=int(number((progress or {}).get("dropped_groups")) or 0),
         )
         count = min(capacity(groups, self._config.train, rollout.max_concurrent_groups), rollout.groups_per_request)
         if count:

@@ -4,11 +4,12 @@ Both sides ask: the publisher before it commits, the rollout node before it load
 covered or doubly covered tensors are all refused; vLLM would load most of them with HTTP 200 and serve the base model.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 from shared.errors import Corrupt
 from shared.manifest import Manifest
-from shared.tensor_table import Slice, Tensor
+from shared.tensor_table import Tensor
 
 MAX_NAMED = 3  # names shown in one message
 
@@ -41,24 +42,24 @@ def demand_complete(manifest: Manifest, expected: Mapping[str, tuple[int, int]])
 
 
 def _covered(tensor: Tensor) -> bool:
-    """Whether slices tile the tensor: inside it, disjoint, and of its area in all."""
-    rows, columns = tensor.shape
-    area = 0
-    for number, slice_ in enumerate(tensor.slices):
-        (row, column), (height, width) = slice_.offset, slice_.shape
-        if row + height > rows or column + width > columns:
-            return False
-        if any(_overlap(slice_, other) for other in tensor.slices[:number]):
-            return False
-        area += height * width
-    return area == rows * columns
+    """Whether slices tile the tensor: each cell in exactly one of them, in time that grows as their number.
+
+    How often each cell is covered is a function whose mixed differences are +1 and -1 at the corners of each slice, and
+    which they determine. So slices cover a tensor as one whole slice would exactly if their corners add up to its four.
+    """
+    if len(tensor.slices) == 1:
+        return tensor.slices[0].offset == (0, 0) and tensor.slices[0].shape == tensor.shape
+    corners: Counter[tuple[int, int]] = Counter()
+    for _, _, offset, shape in tensor.slices:
+        _add_corners(corners, offset, shape, 1)
+    _add_corners(corners, (0, 0), tensor.shape, -1)
+    return not any(corners.values())
 
 
-def _overlap(a: Slice, b: Slice) -> bool:
-    return all(
-        a.offset[axis] < b.offset[axis] + b.shape[axis] and b.offset[axis] < a.offset[axis] + a.shape[axis]
-        for axis in (0, 1)
-    )
+def _add_corners(corners: "Counter[tuple[int, int]]", offset: tuple[int, int], shape: tuple[int, int], by: int) -> None:
+    (top, left), (height, width) = offset, shape
+    for row, column, sign in ((0, 0, by), (height, width, by), (height, 0, -by), (0, width, -by)):
+        corners[top + row, left + column] += sign
 
 
 def _some(names: list[str]) -> str:

@@ -19,6 +19,8 @@ A boundary lets out one type; what lies below arrives as `cause`. Each error say
 
 from typing import ClassVar
 
+MAX_MESSAGE_LENGTH = 1000  # characters; what comes from a store may be in it
+
 
 class LorasyncError(Exception):
     """Base of the tree.
@@ -44,16 +46,24 @@ class LorasyncError(Exception):
         hint: str = "",
         retryable: bool = False,
     ) -> None:
+        if len(message) > MAX_MESSAGE_LENGTH:
+            message = message[:MAX_MESSAGE_LENGTH] + " ..."
         super().__init__(message)
         self.message, self.op, self.key, self.version = message, op, key, version
         self.hint, self.retryable = hint, retryable
 
     def __str__(self) -> str:
-        """One line: operation, message, key, version, hint. The key is left out where the message has it."""
+        """One line: operation, message, key, version, hint. The key is left out where the message has it.
+
+        Control characters and half surrogates are spelt out, for names from a store could hold a terminal's commands.
+        """
         head = f"{self.op}: {self.message}" if self.op else self.message
         facts = [f"{k}={v}" for k, v in (("key", self.key), ("version", self.version)) if v and v not in head]
         tail = f" [{', '.join(facts)}]" if facts else ""
-        return f"{head}{tail}. {self.hint}" if self.hint else head + tail
+        line = f"{head}{tail}. {self.hint}" if self.hint else head + tail
+        if line.isprintable():
+            return line
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class UsageError(LorasyncError):

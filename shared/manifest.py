@@ -27,6 +27,8 @@ MAX_MANIFEST_BYTES = 100_000_000  # a single request on every store: multipart c
 VOID = b'{"layout":1,"void":true}'  # stands where a manifest was collected, or shall never be: no version
 PART_BYTES = 16 << 20  # each part of a shard has a digest of its own, so a download is verified as it streams
 
+COUNTED = {"step", "submitted_at", "taken_groups"}  # training metadata that must be numbers where it is there
+
 _HEX = {length: re.compile(rf"[0-9a-f]{{{length}}}") for length in (16, 64, 128)}
 
 
@@ -190,7 +192,7 @@ def _from_body(body: Mapping[str, Any]) -> Manifest:
         shards=shards,
         tensors=tensors,
         aliases=dict(aliases),
-        training=dict(body["training"]),
+        training=_training(body["training"]),
         canary=canary_from_json(body["canary"]),
         signature=_signature(signature) if signature is not None else None,
     )
@@ -234,6 +236,15 @@ def _parent(body: Mapping[str, Any]) -> Parent:
 def _parent_json(parent: Parent) -> dict[str, Any]:
     epoch, number = parent.version
     return {"epoch": epoch, "version": number, "digest": parent.digest}
+
+
+def _training(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata is free, but for what readers count with."""
+    if not isinstance(body, dict):
+        raise TypeError("training metadata that is no object")
+    for name in COUNTED & body.keys():
+        _number(body[name])
+    return body
 
 
 def _number(value: Any) -> float:

@@ -2,15 +2,20 @@
 
 Canonical: UTF-8, keys sorted, no spaces, no NaN, so equal values give equal bytes on every host. Reading refuses
 duplicate keys, NaN, Infinity and numbers too large for a double, lone surrogates, nesting beyond the parser's depth,
-and more than `max_bytes`.
+more than `max_bytes`, and more than MAX_VALUES, whose objects would take thirty times the bytes that spell them.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import Corrupt
+
+MAX_VALUES = 6_000_000  # counted with the brackets around them; a slice has nine, and 100 MB hold 600,000 slices
+
+_TOO_LONG = re.compile(rb"[0-9]{309}")  # digits, so that no integer is too large for a double
 
 
 def dumps(value: Any) -> bytes:
@@ -29,8 +34,7 @@ def load_object(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any]:
     Raises:
         Corrupt: too large, not JSON, not an object, a duplicate key, NaN or Infinity, nested too deep.
     """
-    if len(content) > max_bytes:
-        raise Corrupt(f"{len(content)} bytes, more than the {max_bytes} allowed", op="read json", key=key)
+    _demand_bounded(content, key, max_bytes)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -68,8 +72,7 @@ def load_canonical(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any
     Raises:
         Corrupt: too large, not JSON, not an object, nested too deep.
     """
-    if len(content) > max_bytes:
-        raise Corrupt(f"{len(content)} bytes, more than the {max_bytes} allowed", op="read json", key=key)
+    _demand_bounded(content, key, max_bytes)
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -77,3 +80,19 @@ def load_canonical(content: bytes, *, key: str, max_bytes: int) -> dict[str, Any
     if not isinstance(value, dict):
         raise Corrupt("not a JSON object", op="read json", key=key)
     return value
+
+
+def _demand_bounded(content: bytes, key: str, max_bytes: int) -> None:
+    """Check what can be checked before a single value is made.
+
+    Raises:
+        Corrupt: too many bytes, values or digits.
+    """
+    if len(content) > max_bytes:
+        raise Corrupt(f"{len(content)} bytes, more than the {max_bytes} allowed", op="read json", key=key)
+    if len(content) > MAX_VALUES:  # each value but the first has a comma, a bracket or a brace before it
+        values = sum(map(content.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise Corrupt(f"{values} values, more than the {MAX_VALUES} allowed", op="read json", key=key)
+    if _TOO_LONG.search(content):
+        raise Corrupt("a number too large for a double", op="read json", key=key)

@@ -84,7 +84,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         (file_of({"a": entry(shape="1")}, b"1234"), "bad entry"),
         (file_of({"a": entry(shape=[True])}, b"1234"), "out of range"),
         (file_of({"a": entry(shape=[-1])}, b"1234"), "out of range"),
-        (file_of({"a": entry(shape=[10**4000] * 8)}, b"1234"), "out of range"),
+        (file_of({"a": entry(shape=[10**300] * 8)}, b"1234"), "out of range"),
         (file_of({"a": entry(shape=[1] * 9)}, b"1234"), "bad entry"),
         (file_of({"a": entry(shape=[2])}, b"1234"), "its shape needs 8"),
         (file_of({"a": entry(data_offsets=[4, 0])}, b"1234"), "its shape needs"),
