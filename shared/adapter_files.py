@@ -57,35 +57,34 @@ class Placed(NamedTuple):
     end: int
 
 
-def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
-    """The length prefix and header of a file that holds these tensors back to back, in this order.
-
-    Put together by hand: a file has tens of thousands of tensors, and a handful of kinds.
-    """
-    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
+def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
+    """The length prefix and header of a file that holds these tensors back to back, in this order."""
     entries = ['"__metadata__":{"format":"pt"}']
     start = 0
-    for spec in specs:
-        name, dtype, shape = spec
-        if (dtype, shape) not in kinds:
-            text = f'{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":['
-            kinds[dtype, shape] = text, spec.nbytes
-        text, nbytes = kinds[dtype, shape]
-        entries.append(f"{quoted(name)}:{text}{start},{start + nbytes}]}}")
-        start += nbytes
+    shapes = {shape: ",".join(map(str, shape)) for shape in {spec.shape for spec in specs}}
+    for (name, dtype, shape), nbytes in zip(specs, _sizes(specs), strict=True):
+        end = start + nbytes
+        fields = f'{{"dtype":"{dtype}","shape":[{shapes[shape]}],"data_offsets":[{start},{end}]}}'
+        entries.append(f"{quoted(name)}:{fields}")
+        start = end
     header = f"{{{','.join(entries)}}}".encode()
     header += b" " * (-len(header) % ALIGN_BYTES)
     return len(header).to_bytes(8, "little") + header
 
 
-def place(specs: Iterable[TensorSpec]) -> list[Placed]:
+def place(specs: Sequence[TensorSpec]) -> list[Placed]:
     """Where these tensors lie, back to back in this order."""
     placed, start = [], 0
-    for spec in specs:
-        end = start + spec.nbytes
-        placed.append(Placed(spec, start, end))
-        start = end
+    for spec, nbytes in zip(specs, _sizes(specs), strict=True):
+        placed.append(Placed(spec, start, start + nbytes))
+        start += nbytes
     return placed
+
+
+def _sizes(specs: Iterable[TensorSpec]) -> list[int]:
+    """Each tensor's size in bytes: of tens of thousands of tensors, and a handful of shapes."""
+    known = {kind: TensorSpec("", *kind).nbytes for kind in {spec[1:] for spec in specs}}
+    return [known[spec[1:]] for spec in specs]
 
 
 def parse_header(head: bytes, file_bytes: int, *, key: str) -> tuple[list[Placed], int]:
@@ -160,24 +159,21 @@ def read_tensors(
         Corrupt: see `parse_header`.
     """
     view = memoryview(content)
-    placed, data_start = _as_promised(view, promised or ())
-    if not data_start:
-        length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
-        head = bytes(view[: 8 + min(length, MAX_HEADER_BYTES + 1)])
-        placed, data_start = parse_header(head, len(view), key=key)
+    header = header_bytes(promised) if promised else b""
+    if promised and view[: len(header)].tobytes() == header:
+        sizes = _sizes(promised)
+        if len(view) == len(header) + sum(sizes):
+            start = len(header)
+            for spec, nbytes in zip(promised, sizes, strict=True):
+                yield spec, view[start : start + nbytes]
+                start += nbytes
+            return
+    length = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
+    head = bytes(view[: 8 + min(length, MAX_HEADER_BYTES + 1)])
+    placed, data_start = parse_header(head, len(view), key=key)
     data = view[data_start:]
     for spec, start, end in placed:
         yield spec, data[start:end]
-
-
-def _as_promised(file: memoryview, promised: Sequence[TensorSpec]) -> tuple[list[Placed], int]:
-    """The promised tensors' places and where the data starts; ([], 0) if the file is of another form."""
-    header = header_bytes(promised)
-    placed = place(promised)
-    end = placed[-1].end if placed else 0
-    if len(file) != len(header) + end or bytes(file[: len(header)]) != header:
-        return [], 0
-    return placed, len(header)
 
 
 def not_finite_at(dtype: str, content: bytes | memoryview) -> int | None:
