@@ -98,6 +98,7 @@ class Publisher:
         self._parent, self._seal = Parent(parent.version, parent.digest) if parent else None, seal
         self._on_full, self._record_timeout_s = on_full_queue, record_timeout_s
         self.skipped, self.last_number = 0, -1  # versions not queued; the last one that was
+        self._skipping = False
         self._outage = Outage("publisher")
         self._failure: LorasyncError | None = None
         self._stopping = threading.Event()
@@ -135,7 +136,9 @@ class Publisher:
             raise UsageError(f"version number {number} after {self.last_number}", op="publish")
         if self._on_full == "skip" and not must and self._jobs.full():
             self.skipped += 1
-            log.warning("publisher: queue full, skipped number=%d skipped=%d", number, self.skipped)
+            if not self._skipping:
+                self._skipping = True
+                log.warning("publisher: queue full, skipping from number=%d skipped=%d", number, self.skipped)
             return False
         started = time.monotonic()
         copies = _copy(slices)
@@ -158,6 +161,9 @@ class Publisher:
             try:
                 self._jobs.put(replace(job, wait_s=time.monotonic() - copied), timeout=RECORD_POLL_S)
                 self.last_number = number
+                if self._skipping:
+                    self._skipping = False
+                    log.warning("publisher: queue has room again number=%d skipped=%d", number, self.skipped)
                 return True
             except queue.Full:
                 self.check()
