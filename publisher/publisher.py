@@ -259,7 +259,7 @@ class Publisher:
             if failures != self._outage.failures:
                 failures, deadline = self._outage.failures, time.monotonic() + self._record_timeout_s
             if time.monotonic() > deadline or self._stopping.is_set():
-                raise self._ranks_missing(heading.version)
+                self._demand_records(heading.version)
             self._stopping.wait(RECORD_POLL_S)
 
     def _until_store_answers(self, call: Callable[[], Result]) -> Result:
@@ -275,16 +275,21 @@ class Publisher:
                 self._outage.answered()
                 return result
 
-    def _ranks_missing(self, version: Version) -> StoreError:
+    def _demand_records(self, version: Version) -> None:
+        """Check that the last record came just now, after all.
+
+        Raises:
+            StoreError: some are missing; says whose.
+        """
         world = self._rank.world
         missing = missing_ranks(self._store, self._layout, self._claim, version, world)
-        names = ", ".join(map(str, missing)) or "none any more"
-        return StoreError(
-            f"not all of {world} ranks put a record: missing {names}",
-            op="commit",
-            version=str(version),
-            hint="Look at the logs of these ranks",
-        )
+        if missing:
+            raise StoreError(
+                f"not all of {world} ranks put a record: missing {', '.join(map(str, missing))}",
+                op="commit",
+                version=str(version),
+                hint="Look at the logs of these ranks",
+            )
 
 
 def _copy(slices: Iterable[AdapterSlice]) -> list[AdapterSlice]:
