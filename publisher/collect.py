@@ -12,7 +12,7 @@ the collector finds the lease. A collector that is killed anywhere is finished b
 other's work and no harm; nothing is written for what is done already.
 Attempts that died before their manifest get their void by put-if-absent: their late committer loses to it, or wins.
 Does not: touch receipts, evaluations, trajectories and fates, which are small and tell the history, nor checkpoints,
-which the trainer keeps itself. Voids stay for ever: 25 bytes each.
+which the trainer keeps itself. Voids stay for ever: 24 bytes each.
 """
 
 import logging
