@@ -10,9 +10,11 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 MAX_KNOWN = 1000  # directories; beyond it all are forgotten, and synced again when next met
+FLUSH_BYTES = 32 << 20  # written since the last flush: the disk shall not wait for the end of a large file
 
 
 class Directories:
@@ -75,11 +77,27 @@ def written_beside(directories: Directories, path: Path, chunks: Iterable[bytes 
 
 
 def _write(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write every byte: one call may take less than it was given."""
-    for chunk in chunks:
-        rest = memoryview(chunk).cast("B")
-        while len(rest):
-            rest = rest[os.write(descriptor, rest) :]
+    """Write every byte, and bring a large file to the disk while more of it is written.
+
+    One call of `os.write` may take less than it was given. A failed flush is told once, to whoever asks first: so it is
+    raised here, for the last fsync may not hear of it.
+    """
+    with contextlib.ExitStack() as stack:
+        flusher: ThreadPoolExecutor | None = None
+        flush: Future[None] | None = None
+        dirty = 0
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            while len(rest):
+                written = os.write(descriptor, rest)
+                rest, dirty = rest[written:], dirty + written
+            if dirty >= FLUSH_BYTES and (flush is None or flush.done()):
+                if flush is not None:
+                    flush.result()
+                flusher = flusher or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flush"))
+                flush, dirty = flusher.submit(os.fsync, descriptor), 0
+        if flush is not None:
+            flush.result()
 
 
 def remove_quietly(path: Path) -> None:
