@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import light_commands
 import synthetic
 import torch
 from fake_engine import BASE_NAME, FakeEngine
@@ -77,6 +78,7 @@ class End:
     """How a life ended."""
 
     signal: int  # 9 if it was killed
+    code: int = 0  # its exit code, if it was not killed
     changes: int = 0  # to the disk, if it was not killed
     error: str = ""
 
@@ -88,12 +90,20 @@ class _Asked:
 
 
 class Nursery:
-    """See the module. `run` may be called from several threads at once."""
+    """See the module. `run` may be called from several threads at once.
+
+    Args:
+        skew_s: by how much the lives' clock is wrong.
+    """
+
+    def __init__(self, skew_s: float = 0.0) -> None:
+        self._skew_s = skew_s
 
     def __enter__(self) -> Self:
+        command = [sys.executable, str(Path(__file__).with_name("skewed_clock.py")), str(self._skew_s), __file__]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self._numbers, self._asked, self._writing = itertools.count(), dict[int, _Asked](), threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -167,23 +177,25 @@ def _begin(life: Life, impatient: mmap.mmap) -> tuple[int, int]:
         os.close(theirs)
         return process, ours
     publisher_module.time = _Clock(impatient)  # type: ignore[assignment]
-    mortal, error = Mortal(life.kill_at), ""
+    mortal, error, code = Mortal(life.kill_at), "", 1
     try:
         with mortal.counted():
-            ACTS[life.act](**life.words)
+            code = ACTS[life.act](**life.words) or 0
     except LorasyncError as told:
         error = f"{type(told).__name__}: {told}"
     except BaseException:
         error = traceback.format_exc()
     os.write(theirs, json.dumps({"changes": mortal.changes, "error": error}).encode())
-    os._exit(0)
+    os._exit(code)
 
 
 def _end(process: int, report: int) -> End:
     with open(report) as file:
         said = file.read()
     _, status = os.waitpid(process, 0)
-    return End(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, **(json.loads(said) if said else {}))
+    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+    return End(killed, code, **(json.loads(said) if said else {}))
 
 
 def _await_records(life: Life, count: int) -> None:
@@ -255,7 +267,7 @@ def download(url: str, version: list[int], directory: str) -> None:
     fetch(store, manifest, synthetic.EXPECTED, Path(directory), base_name="base")
 
 
-def activate(url: str, base: str, cache: str) -> Agent:
+def activate(url: str, base: str, cache: str) -> None:
     """A node's life: one look, which ends in a route to the latest version."""
     router, engine, catalog = Router(), FakeEngine(), Catalog(LocalStore(url), synthetic.ADAPTER)
     target = Target(BASE_NAME, synthetic.BASE, identify(base), 8, Path(cache))
@@ -267,7 +279,6 @@ def activate(url: str, base: str, cache: str) -> Agent:
     agent.tick()
     if router.routed is None:
         raise AssertionError(agent.health.last_error)
-    return agent
 
 
 def collect_garbage(url: str) -> None:
@@ -277,11 +288,12 @@ def collect_garbage(url: str) -> None:
     collect(Catalog(store, synthetic.ADAPTER), Fates(store, LAYOUT), rule, sleep=lambda _: None)
 
 
-ACTS: dict[str, Callable[..., Any]] = {
+ACTS: dict[str, Callable[..., int | None]] = {
     "publish": publish,
     "download": download,
     "activate": activate,
     "collect": collect_garbage,
+    "lorasync": light_commands.main,
 }
 SLICES: dict[tuple[int, int, int], list[AdapterSlice]] = {}
 
