@@ -1,6 +1,7 @@
 """One suite for every store of tests/store_openers.py. Then what each refuses, and how. S3's own: test_store_s3.py."""
 
 import array
+import contextlib
 import sys
 import threading
 import time
@@ -236,19 +237,22 @@ def test_a_key_that_could_leave_the_store_is_refused_by_every_operation(store: S
             call()
 
 
-def test_memory_has_one_winner_however_the_threads_are_switched():
-    """fsspec's memory looks and writes in two steps; without the lock, a switch between them has two winners."""
-    store, interval = open_store(f"memory://{uuid.uuid4().hex}"), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(WRITERS) as pool:
-            for number in range(100):
-                won = list(
-                    pool.map(lambda writer, key=f"m/{number}": store.put_if_absent(key, b"%d" % writer), range(8))
-                )
-                assert sum(won) == 1
-    finally:
-        sys.setswitchinterval(interval)
+def test_memory_has_one_winner_however_the_threads_are_switched(monkeypatch: pytest.MonkeyPatch):
+    """fsspec's memory looks and writes in two steps; here two writers meet between them, if they can."""
+    exists, meeting = MemoryFileSystem.exists, threading.Barrier(2)
+
+    def look_and_meet(self: MemoryFileSystem, path: str) -> bool:
+        found = bool(exists(self, path))
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody else may come in: as it should be
+            if not found:
+                meeting.wait(0.5)
+        return found
+
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(MemoryFileSystem, "exists", look_and_meet)
+    with ThreadPoolExecutor(2) as pool:
+        won = list(pool.map(store.put_if_absent, ["m/a"] * 2, [b"one", b"two"]))
+    assert sum(won) == 1 and store.get("m/a") == (b"one", b"two")[won.index(True)]
 
 
 class _Overwriting(MemoryFileSystem):  # type: ignore[misc]
