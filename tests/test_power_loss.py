@@ -29,6 +29,7 @@ from shared.local_store import LocalStore
 from shared.manifest import VOID, Manifest
 from shared.versions import Version
 
+PIECE_BYTES = 200  # of a shard, written at a time: as many states of the disk as it has pieces
 SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
 DRAWS = 12  # between all and nothing, after each change
 STORE = "mnt/adapters"  # below the disk's top; made by the code under test
@@ -57,8 +58,9 @@ class Witness(LocalStore):
             return super().put_if_absent(key, content)
 
     def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
-        pieces = [bytes(chunk) for chunk in chunks]
-        with self._witnessed(key, b"".join(pieces)):
+        content = b"".join(chunks)
+        pieces = [content[at : at + PIECE_BYTES] for at in range(0, size, PIECE_BYTES)]
+        with self._witnessed(key, content):
             super().put_stream(key, pieces, size)
 
     def delete(self, key: str) -> None:
