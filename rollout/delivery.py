@@ -92,7 +92,7 @@ class Delivery:
         self._catalog, self._engine, self._target, self._clock = catalog, engine, target, clock
         self._served_adapter = name_prefix + catalog.layout.adapter
         self._folder = target.cache / catalog.layout.adapter
-        self._lease = Lease(catalog.store, catalog.layout, reader)
+        self._lease = Lease(catalog.store, catalog.layout, reader, clock=clock)
         self._base_scores: dict[tuple[tuple[int, ...], ...], Rows] = {}
 
     def name(self, version: Version) -> str:

@@ -1,0 +1,410 @@
+"""What a fleet of rollout nodes asks of an object store, what that costs a month, and how late it notices a version.
+
+    python -m benchmarks.fleet                    # the tables of docs/scale.md
+    python -m benchmarks.fleet --write            # ... written into it
+
+Two steps. First the real code of one node (Watcher, Agent, Delivery with download and verification, NodeHint, and what
+the sampler asks before it begins a request) runs for an hour of simulated time over a store that counts, with a version
+every 20 s. Then 1,000 nodes are simulated as the times at which they look, drawn by the real Watcher's own jitter: that
+gives the lag and the busiest second. Everything else is proportional to the number of nodes, for no node asks anything
+on another's account.
+
+Not in the numbers: the trainer (a dozen requests a version), trajectories and evaluations (what they weigh depends on
+the task), retries, and the time that a request takes: the lag is from the write of LATEST to the look that finds it.
+"""
+
+import argparse
+import hashlib
+import heapq
+import math
+import random
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from publisher.convert import AdapterSlice
+from publisher.epochs import claim_epoch
+from publisher.publisher import Publisher
+from rollout.agent import Agent
+from rollout.delivery import Delivery, Target
+from rollout.engine import Completion
+from rollout.node_hint import NodeHint
+from rollout.pace import ProducedGroups
+from rollout.router import Router
+from rollout.watch import Watcher
+from shared import strict_json
+from shared.base_model import BaseIdentity
+from shared.catalog import Catalog
+from shared.config import LoraConfig, RolloutConfig, StoreConfig
+from shared.errors import KeyMissing
+from shared.layout import Layout
+from shared.manifest import PART_BYTES, Manifest
+from shared.peft_names import expected_tensors
+from shared.store import Entry, Fetched, Store
+from shared.versions import Version
+
+POLL_INTERVALS_S = (0.5, 1.0, 2.0, 5.0, 10.0)
+NODES = (10, 100, 1_000, 10_000)
+VERSION_EVERY_S = 20.0
+HOUR_S = 3600.0
+MONTH_S = 30 * 24 * HOUR_S
+SIMULATED_NODES = 1_000
+SIMULATED_S = 300.0
+SUPERVISE_INTERVAL_S = 0.5  # rollout.node's
+SEED = 1
+
+# S3 Standard, us-east-1, from https://aws.amazon.com/s3/pricing/ in November 2026. A GET that is answered 304 is a GET.
+DOLLARS_PER_GET = 0.0004 / 1_000
+DOLLARS_PER_PUT = 0.005 / 1_000  # and LIST; DELETE is free
+DOLLARS_PER_GB_OUT = 0.09  # to the internet, the first 10 TB of a month; within the region nothing
+# Attention alone at a low rank; every linear of Qwen3-30B-A3B at rank 32.
+ADAPTERS = {"20 MB": 20_000_000, "3.4 GB": 3_400_000_000}
+
+BASE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "num_experts": 2,
+    "moe_intermediate_size": 4,
+}
+LORA = LoraConfig(rank=2, alpha=4)
+IDENTITY = BaseIdentity("qwen3_moe", "0" * 64, "0" * 64)
+ADAPTER, NODE = "policy", "node-0"
+
+
+class CountingStore:
+    """A store in memory; counts requests as S3 bills them, by kind and by the folder below the adapter."""
+
+    url = "memory://benchmark"
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Fetched] = {}
+        self.asked: Counter[tuple[str, str]] = Counter()
+
+    def _count(self, kind: str, key: str) -> None:
+        self.asked[kind, key.split("/")[1]] += 1
+
+    def _get(self, key: str) -> Fetched:
+        self._count("GET", key)
+        if key not in self._objects:
+            raise KeyMissing("no such object", op="get", key=key)
+        return self._objects[key]
+
+    def get(self, key: str, max_bytes: int | None = None) -> bytes:  # noqa: ARG002 - the interface's
+        return self._get(key).content
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        return self._get(key).content[start:end]
+
+    def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:  # noqa: ARG002
+        found = self._get(key)
+        return None if found.tag == tag else found
+
+    def put(self, key: str, content: bytes) -> None:
+        self._count("PUT", key)
+        self._objects[key] = Fetched(content, hashlib.md5(content).hexdigest())
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        if key in self._objects:
+            self._count("PUT", key)
+            return self._objects[key].content == content
+        self.put(key, content)
+        return True
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:  # noqa: ARG002
+        self.put(key, b"".join(chunks))
+
+    def list(self, prefix: str, after: str = "") -> list[Entry]:
+        self._count("LIST", prefix)
+        keys = sorted(key for key in self._objects if key.startswith(f"{prefix}/") and key > after)
+        return [Entry(key, len(self._objects[key].content), 0.0) for key in keys]
+
+    def delete(self, key: str) -> None:
+        self._count("DELETE", key)
+        self._objects.pop(key, None)
+
+    def sweep(self, prefix: str, older_than_s: float) -> int:
+        raise NotImplementedError("nobody collects here")
+
+
+class ObedientEngine:
+    """Loads what it is told to, and answers differently under every adapter."""
+
+    url = "http://engine"
+
+    def __init__(self) -> None:
+        self._names = {"base": 0.0}
+
+    def health(self) -> None:
+        pass
+
+    def models(self) -> list[str]:
+        return list(self._names)
+
+    def load(self, name: str, path: str) -> None:  # noqa: ARG002 - the interface's
+        self._names[name] = 0.5
+
+    def unload(self, name: str) -> None:
+        del self._names[name]
+
+    def complete(self, *_: Any, **__: Any) -> list[list[Completion]]:
+        raise NotImplementedError("nobody samples here")
+
+    def complete_seeded(self, *_: Any, **__: Any) -> list[Completion]:
+        raise NotImplementedError("nobody samples here")
+
+    def score(self, model: str, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [[self._names[model]] * (len(sequence) - 1) for sequence in sequences]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one node asks of the store, a second."""
+
+    get: float
+    put: float
+    list: float
+
+    @property
+    def all(self) -> float:
+        return self.get + self.put + self.list
+
+    @property
+    def dollars_a_month(self) -> float:
+        return MONTH_S * (self.get * DOLLARS_PER_GET + (self.put + self.list) * DOLLARS_PER_PUT)
+
+    def __add__(self, other: "Requests") -> "Requests":
+        return Requests(self.get + other.get, self.put + other.put, self.list + other.list)
+
+    @classmethod
+    def counted(cls, asked: Counter[tuple[str, str]], seconds: float) -> "Requests":
+        sums = {kind: sum(n for (k, _), n in asked.items() if k == kind) / seconds for kind in ("GET", "PUT", "LIST")}
+        return cls(sums["GET"], sums["PUT"], sums["LIST"])
+
+
+def first_version(store: Store, folder: Path) -> Manifest:
+    """Publish a version as a trainer does; later ones are the same bytes under other manifests."""
+    (folder / "config.json").write_bytes(strict_json.dumps(BASE))
+    layout, torch_rng = Layout(ADAPTER), torch.Generator().manual_seed(SEED)
+    claim = claim_epoch(store, layout)
+    publisher = Publisher(store, layout, claim, base_path=str(folder), base=IDENTITY, lora=LORA, parallel={"tp": 1})
+    shapes = expected_tensors(BASE, LORA.targets, LORA.rank)
+    slices = [AdapterSlice(n, torch.randn(shape, generator=torch_rng), shape, (0, 0)) for n, shape in shapes.items()]
+    publisher.submit(0, slices, training={"step": 0})
+    publisher.close()
+    return Catalog(store, ADAPTER).manifest(Version(1, 0))
+
+
+class Node:
+    """The real parts of a rollout node over a simulated clock."""
+
+    def __init__(self, store: Store, folder: Path, poll_interval_s: float) -> None:
+        self.now = 0.0
+        catalog, engine, self.router = Catalog(store, ADAPTER), ObedientEngine(), Router()
+        self.watcher = Watcher(
+            catalog,
+            poll_interval_s=poll_interval_s,
+            list_interval_s=StoreConfig("").list_interval_s,
+            clock=self._clock,
+            rng=random.Random(SEED),
+        )
+        target = Target("base", BASE, IDENTITY, LORA.rank, folder / "cache")
+        delivery = Delivery(catalog, engine, target, self._clock, reader=NODE)
+        rollout = RolloutConfig(node=NODE)
+        self.agent = Agent(
+            catalog,
+            engine,
+            self.watcher,
+            self.router,
+            delivery,
+            node=NODE,
+            max_loras=rollout.max_loras,
+            quarantine_after=rollout.quarantine_after,
+            clock=self._clock,
+        )
+        self._hint_interval_s = rollout.hint_interval_s
+        self._hint = NodeHint(catalog, NODE, renew_s=self._hint_interval_s, clock=self._clock)
+        self._hint.claim()
+        self._told: tuple[float, Version | None] = (0.0, None)
+
+    def _clock(self) -> float:
+        return self.now
+
+    def supervise(self) -> None:
+        """As `rollout.node` does: tell what changed, and now and then what did not."""
+        version = self.router.routed.version if self.router.routed else None
+        told_at, told = self._told
+        if version != told or self.now - told_at >= self._hint_interval_s:
+            self._hint.tell({"node": NODE, "version": str(version), "updated_at": self.now, "state": "serving"})
+            self._told = self.now, version
+
+
+def serve_for_an_hour(poll_interval_s: float) -> Counter[tuple[str, str]]:
+    """Run one node's real code for an hour; what it asked of the store."""
+    store = CountingStore()
+    catalog = Catalog(store, ADAPTER)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first = first_version(store, folder)
+        store.asked.clear()
+        node = Node(store, folder, poll_interval_s)
+        steps = [(0.0, "look"), (0.0, "supervise"), (VERSION_EVERY_S, "publish")]
+        number = 0
+        while steps[0][0] < HOUR_S:
+            node.now, step = heapq.heappop(steps)
+            if step == "publish":
+                number += 1
+                later, asked = replace(first, version=Version(1, number)), store.asked.copy()
+                store.put(catalog.layout.manifest(later.version), later.to_bytes())
+                store.put(catalog.layout.latest, strict_json.dumps({"epoch": 1, "version": number, "digest": ""}))
+                store.asked = asked  # the trainer's
+                heapq.heappush(steps, (node.now + VERSION_EVERY_S, step))
+            elif step == "look":
+                node.agent.tick()
+                heapq.heappush(steps, (node.now + node.watcher.pause_s(), step))
+            else:
+                node.supervise()
+                heapq.heappush(steps, (node.now + SUPERVISE_INTERVAL_S, step))
+    routed = node.router.routed
+    if routed is None or routed.version.number < number - 1:
+        raise AssertionError(f"the node did not follow: {node.agent.health}")
+    return store.asked
+
+
+def sample_for_an_hour(poll_interval_s: float) -> Counter[tuple[str, str]]:
+    """What a sampler asks before each request that it begins, one a poll interval, beside its own files."""
+    store, now = CountingStore(), 0.0
+    catalog = Catalog(store, ADAPTER)
+    produced = ProducedGroups(store, catalog.layout, clock=lambda: now)
+    while now < HOUR_S:
+        catalog.progress()
+        produced.count()
+        now += poll_interval_s
+    return store.asked
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """When a fleet looks: how late versions are noticed, and the most requests that fall into one second."""
+
+    lag_mean_s: float
+    lag_p99_s: float
+    busiest_second: int
+
+
+def simulate_arrivals(poll_interval_s: float, requests_a_version: int) -> Arrivals:
+    """Simulate the looks of SIMULATED_NODES nodes that were started within one interval.
+
+    Args:
+        requests_a_version: what a node asks beside its look when it finds a version.
+    """
+    rng = random.Random(SEED)
+    watcher = Watcher(
+        Catalog(CountingStore(), ADAPTER), poll_interval_s=poll_interval_s, list_interval_s=0.0, rng=random.Random(SEED)
+    )
+    looks = [(rng.uniform(0.0, poll_interval_s), node) for node in range(SIMULATED_NODES)]
+    heapq.heapify(looks)
+    seen = [0] * SIMULATED_NODES
+    lags: list[float] = []
+    by_second: Counter[int] = Counter()
+    while looks[0][0] < SIMULATED_S:
+        now, node = looks[0]
+        by_second[int(now)] += 1
+        out = int(now // VERSION_EVERY_S)
+        if out > seen[node]:
+            seen[node] = out
+            lags.append(now - out * VERSION_EVERY_S)
+            by_second[int(now)] += requests_a_version
+        heapq.heapreplace(looks, (now + watcher.pause_s(), node))
+    cuts = statistics.quantiles(lags, n=100)
+    return Arrivals(statistics.fmean(lags), cuts[98], max(by_second.values()))
+
+
+def parts(size: int) -> int:
+    """GETs for an adapter's bytes: one a part."""
+    return math.ceil(size / PART_BYTES)
+
+
+def tables() -> Iterator[str]:
+    """The tables, in Markdown."""
+    versions = HOUR_S / VERSION_EVERY_S
+    counted = {poll: serve_for_an_hour(poll) for poll in POLL_INTERVALS_S}
+    asked = {poll: Counter({k: n for k, n in c.items() if k != ("GET", "data")}) for poll, c in counted.items()}
+    serving = {poll: Requests.counted(asked[poll], HOUR_S) for poll in POLL_INTERVALS_S}
+    sampling = {poll: Requests.counted(sample_for_an_hour(poll), HOUR_S) for poll in POLL_INTERVALS_S}
+    one = asked[1.0]
+    a_version = round(sum(n for (_, folder), n in one.items() if folder != "LATEST") / versions)
+
+    yield "One node, one version every 20 s, without the adapter's own bytes:"
+    yield ""
+    yield (
+        "| poll, s | lag mean, s | lag p99, s | GET/s | PUT/s | LIST/hour | $/month | sampling adds, $/month |"
+        " 1,000 nodes: busiest second |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for poll in POLL_INTERVALS_S:
+        requests, arrivals = serving[poll], simulate_arrivals(poll, a_version)
+        yield (
+            f"| {poll:g} | {arrivals.lag_mean_s:.2f} | {arrivals.lag_p99_s:.2f} | {requests.get:.2f} |"
+            f" {requests.put:.2f} | {requests.list * HOUR_S:.0f} | {requests.dollars_a_month:.2f} |"
+            f" {sampling[poll].dollars_a_month:.2f} | {arrivals.busiest_second:,} |"
+        )
+    yield ""
+    yield "Where a node's requests go, in an hour at a poll interval of 1 s:"
+    yield ""
+    yield "| request | object | an hour |"
+    yield "| --- | --- | --- |"
+    for (kind, folder), number in sorted(one.items()):
+        yield f"| {kind} | {folder} | {number:,} |"
+    yield ""
+    yield "The fleet, serving, the adapter's bytes included:"
+    yield ""
+    heads = "".join(f" requests/s, {name} | $/month, {name} |" for name in ADAPTERS)
+    yield f"| nodes | poll, s |{heads}"
+    yield f"| --- | --- |{' --- |' * 2 * len(ADAPTERS)}"
+    for nodes in NODES:
+        for poll in POLL_INTERVALS_S:
+            cells = ""
+            for size in ADAPTERS.values():
+                whole = serving[poll] + Requests(parts(size) / VERSION_EVERY_S, 0.0, 0.0)
+                cells += f" {nodes * whole.all:,.0f} | {nodes * whole.dollars_a_month:,.0f} |"
+            yield f"| {nodes:,} | {poll:g} |{cells}"
+    yield ""
+    yield "The adapter's bytes, whatever the poll interval, and what they would cost if they left the region:"
+    yield ""
+    yield "| nodes |" + "".join(f" GB/month, {name} | $/month to the internet |" for name in ADAPTERS)
+    yield f"| --- |{' --- |' * 2 * len(ADAPTERS)}"
+    for nodes in NODES:
+        cells = ""
+        for size in ADAPTERS.values():
+            gigabytes = nodes * size / 1e9 * MONTH_S / VERSION_EVERY_S
+            cells += f" {gigabytes:,.0f} | {gigabytes * DOLLARS_PER_GB_OUT:,.0f} |"
+        yield f"| {nodes:,} |{cells}"
+
+
+BEGIN, END = "<!-- benchmarks.fleet: begin -->\n", "<!-- benchmarks.fleet: end -->\n"
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a fleet asks of an object store, and what that costs.")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/scale.md")
+    text = "\n".join(tables()) + "\n"
+    if parser.parse_args().write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
