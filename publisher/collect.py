@@ -21,18 +21,19 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from publisher.retention import Decision, Rollback, Rule, Seen, Stored, decide, unneeded
+from shared import strict_json
 from shared.catalog import Catalog
 from shared.errors import Corrupt, KeyMissing
 from shared.fates import Fate, Fates
 from shared.layout import rollback_of, version_of
 from shared.leases import FORGET_AFTER_S, read_leases, store_now
-from shared.manifest import VOID
+from shared.manifest import MAX_MANIFEST_BYTES, VOID
 from shared.versions import Version
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
-LEFTOVER_AFTER_S = 3600.0  # of unfinished writes
+LEFTOVER_AFTER_S = 86400.0  # of unfinished writes: a large upload may take hours, and S3 tells when it began
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,10 @@ def _fate(fates: Fates, version: Version, n: int) -> Fate | None:
 
 
 def _digest(catalog: Catalog, version: Version) -> str:
-    """For the fate's entry; a manifest that is damaged may go like any other."""
+    """What a manifest calls its own digest, unchecked: for the fate's entry. A damaged one may go like any other."""
+    key = catalog.layout.manifest(version)
     try:
-        return catalog.manifest(version).digest
+        content = catalog.store.get(key, MAX_MANIFEST_BYTES)
+        return str(strict_json.load_object(content, key=key, max_bytes=MAX_MANIFEST_BYTES).get("digest", ""))
     except (Corrupt, KeyMissing):
         return ""
