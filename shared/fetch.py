@@ -17,6 +17,7 @@ from pathlib import Path
 from shared.adapter_files import TensorSpec
 from shared.assemble import assemble, assembled_tensors
 from shared.coverage import demand_complete
+from shared.disk_errors import disk_error
 from shared.errors import Corrupt, KeyMissing, StoreError
 from shared.manifest import Manifest
 from shared.partial import partial_directory, put_in_place
@@ -26,6 +27,7 @@ from shared.store import Store
 from shared.transfer import download, file_digests
 
 WEIGHTS, CONFIG, MANIFEST, DIGEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json", "sha256"
+FILES = {WEIGHTS, CONFIG, MANIFEST, DIGEST}
 SPARE_BYTES = 64 << 20  # of the disk, for all but the weights
 
 Shape = tuple[int, int]
@@ -61,11 +63,11 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
             if not _intact(directory, manifest, config):  # another process may have been faster
-                shutil.rmtree(directory, ignore_errors=True)
+                _remove(directory)
                 put_in_place(aside, directory)
     except OSError as error:
         hint = "Mend the local disk, or use another directory"
-        raise StoreError(f"{error}", op="fetch", key=str(directory), hint=hint) from error
+        raise disk_error(error, op="fetch", key=str(directory), hint=hint) from error
     return directory
 
 
@@ -112,7 +114,8 @@ def _demand_room(manifest: Manifest, shards: Sequence[Path], assembled: Sequence
     free = shutil.disk_usage(directory).free
     if free < needed:
         problem = f"{free >> 20} MiB free, {needed >> 20} MiB needed"
-        raise StoreError(problem, op="fetch", key=str(directory), hint="Free room, or set rollout.cache_dir elsewhere")
+        hint = "Free room, or set rollout.cache_dir elsewhere"
+        raise StoreError(problem, op="fetch", key=str(directory), hint=hint, retryable=True)
 
 
 def _sync(path: Path) -> None:
@@ -120,9 +123,23 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _remove(directory: Path) -> None:
+    """Remove what stands where a version shall: a directory, or anything else that was put there."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _intact(directory: Path, manifest: Manifest, config: bytes) -> bool:
-    """Whether a directory of an earlier life still holds this manifest and the bytes that it was given."""
+    """Whether a directory of an earlier life still holds this manifest and the bytes that it was given, and no more.
+
+    An engine reads by name what else stands there; a link or a pipe is none of ours.
+    """
     try:
+        if directory.is_symlink() or {path.name for path in directory.iterdir()} != FILES:
+            return False
+        if any(path.is_symlink() or not path.is_file() for path in directory.iterdir()):
+            return False
         same = (directory / MANIFEST).read_bytes() == manifest.to_bytes()
         same = same and (directory / CONFIG).read_bytes() == config
         return same and (directory / DIGEST).read_text().split("\n") == list(file_digests(directory / WEIGHTS))

@@ -19,25 +19,13 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
+from shared.disk_errors import FREE_ROOM, disk_error
 from shared.durable_files import Directories, sync_directory, written_beside
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.store import Entry, Fetched, check_key, exactly
 
 Result = TypeVar("Result")
 
-_PASSING = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY, errno.ENOMEM}
-_PASSING |= {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
-_HINTS = {
-    errno.ENOSPC: "Free room or lower retention",
-    errno.EDQUOT: "Free room, raise the quota or lower retention",
-    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "Raise the machine's limit of open files (fs.file-max)",
-    errno.EIO: "Look at the disk, or at the file server (dmesg)",
-    errno.ESTALE: "The file changed on its server; the next try opens it anew",
-    errno.EROFS: "Mount it for writing; a disk that failed is remounted read-only",
-    errno.EACCES: "Check owner and mode",
-    errno.EPERM: "Check owner and mode",
-}
 _NO_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a symbolic link, a socket, a device that is not there
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -177,7 +165,7 @@ class LocalStore:
         free = shutil.disk_usage(self.root).free
         if free < size:
             problem = f"{free >> 20} MiB free at {self.root}, {size >> 20} MiB needed"
-            raise StoreError(problem, op="put", key=key, hint=_HINTS[errno.ENOSPC], retryable=True)
+            raise StoreError(problem, op="put", key=key, hint=FREE_ROOM, retryable=True)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -255,8 +243,4 @@ def _translated(op: str, key: str, call: Callable[[], Result]) -> Result:
         hint = "Try again" if gone else "An object's key cannot be the beginning of another's"
         raise StoreError(f"{error.strerror or error}", op=op, key=key, hint=hint, retryable=gone) from error
     except OSError as error:
-        passing, hint = error.errno in _PASSING, _HINTS.get(error.errno or 0, "Look at the file system")
-        problem = f"{error.strerror or error}"
-        if error.filename and error.errno in (errno.EACCES, errno.EPERM):
-            problem += f": {os.fsdecode(error.filename)}"
-        raise StoreError(problem, op=op, key=key, hint=hint, retryable=passing) from error
+        raise disk_error(error, op=op, key=key) from error

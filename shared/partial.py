@@ -77,8 +77,12 @@ def _locked(aside: Path) -> int | None:
             lock = os.open(aside / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # removed in between by who took it for a leftover
             continue
-        if _take(aside, lock):
-            return lock
+        try:
+            if _take(aside, lock):
+                return lock
+        except BaseException:
+            os.close(lock)  # an open one would keep the next try out
+            raise
         os.close(lock)
         if (aside / _LOCK).exists():
             return None

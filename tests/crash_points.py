@@ -9,7 +9,8 @@ others have put their records.
         for n in range(unharmed.changes):
             [killed] = nursery.run([Life("publish", {...}, kill_at=n)])
 
-A change is a call that writes, syncs, names or removes; a kill at a write comes after half of its bytes.
+A change is a call that writes, makes, names or removes; a kill at a write comes after half of its bytes. A sync is
+none: what a killed process wrote stays in the kernel (test_power_loss.py is about the rest).
 """
 
 import contextlib

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from syscalls import CHANGING, creates, intercepted
+from syscalls import CHANGING, SYNCING, creates, intercepted
 
 KEPT_BY = {"file", "directory"}
 NAMING = ("mkdir", "link", "replace", "rename", "unlink", "remove", "rmdir")
@@ -81,7 +81,7 @@ class RecordedDisk:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record what the block does, in this process."""
-        with intercepted((*CHANGING, "open", "close"), self._around):
+        with intercepted((*CHANGING, *SYNCING, "open", "close"), self._around):
             yield
 
     def tell(self, what: Any) -> None:
@@ -116,7 +116,7 @@ class RecordedDisk:
                 self._opened(result, os.fspath(args[0]), made)
             elif name == "close":
                 self._open.pop(args[0], None)
-            elif name in ("write", "fsync", "fdatasync"):
+            elif name == "write" or name in SYNCING:
                 if (node := self._open.get(args[0])) is not None:
                     content = bytes(args[1])[:result] if name == "write" else b""
                     self._changes.append(Change("write" if name == "write" else "sync", node, content=content))

@@ -32,6 +32,7 @@ from shared.versions import Version
 PIECE_BYTES = 200  # of a shard, written at a time: as many states of the disk as it has pieces
 SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
 DRAWS = 12  # between all and nothing, after each change
+WRITE_BYTES = 500
 STORE = "mnt/adapters"  # below the disk's top; made by the code under test
 LAYOUT = Layout(synthetic.ADAPTER)
 

@@ -21,20 +21,20 @@ import pytest
 import synthetic
 from memory_folder import memory_folder
 from run_processes import wait_for
-from syscalls import CHANGING, READING, intercepted
+from syscalls import CHANGING, READING, SYNCING, intercepted
 
 from publisher import publisher as publisher_module
 from publisher.convert import convert
 from shared.catalog import Catalog
 from shared.errors import LorasyncError, StoreError
-from shared.fetch import verify
+from shared.fetch import fetch, verify
 from shared.local_store import LocalStore
 from shared.versions import Version
 
 SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
 PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EINTR, errno.EMFILE)
 LASTING = (errno.EROFS, errno.EACCES)
-CALLS = (*CHANGING, *READING)
+CALLS = (*CHANGING, *SYNCING, *READING)
 OLD, NEW, BIG = b"old", b"new bytes", bytes(range(256)) * 300
 DEADLINE_S = 60.0
 CLEANUP = ("unlink", "rmdir")  # where these fail, what should have gone may stay until the next sweep
@@ -70,7 +70,7 @@ class Fault:
             result = call()
             if name == "open":
                 os.close(result)
-            elif name == "scandir":
+            elif name in ("scandir", "io.open"):
                 result.close()
         raise OSError(self.number, os.strerror(self.number))
 
@@ -245,7 +245,39 @@ def test_a_publication_outlasts_a_passing_fault_at_any_call_and_ends_at_a_lastin
             synthetic.publish(store, base)
             demand_whole(store, Version(3, 0), folder / f"again-{at}", fault)
         shutil.rmtree(store.root)
-    assert writes_seen > 20  # the shard's tensors among them
+    assert writes_seen >= 5  # shard, configuration, record, manifest, hint
+
+
+def test_a_download_that_fails_at_any_call_is_whole_or_not_there_and_the_next_one_is_whole(base: Path, folder: Path):
+    store = LocalStore(str(folder / "store"))
+    [manifest] = synthetic.publish(store, base)
+
+    def download(out: Path, fault: Fault) -> None:
+        with fault.injected():
+            fetch(store, manifest, synthetic.EXPECTED, out, base_name="base")
+
+    counted, whole = Fault(), folder / "whole"
+    download(whole, counted)
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    rng = random.Random(SEED)
+    failed = set[str]()
+    for at in range(counted.calls):
+        out = folder / str(at) / "out"
+        fault = Fault(at, rng.choice((*PASSING, *LASTING)), rng.random() < 0.5)
+        try:
+            download(out, fault)
+        except StoreError as error:
+            assert error.op and error.key and error.hint, (fault, error)
+            assert error.retryable == (fault.number in PASSING), (fault, error)
+        except BaseException as error:
+            raise AssertionError(f"{fault}: {error!r} came out") from error
+        failed.add(fault.failed)
+        for _ in range(2):
+            assert not out.exists() or {path.name: path.read_bytes() for path in out.iterdir()} == files, fault
+            download(out, Fault())
+        assert [path.name for path in out.parent.iterdir()] == ["out"], fault
+        shutil.rmtree(out.parent)
+    assert {"io.open", "open", "pread", "pwrite", "rename", "mkdir"} <= failed
 
 
 def test_a_process_that_may_open_no_more_files_is_told_so_and_goes_on_when_it_may(tmp_path: Path):
