@@ -13,11 +13,11 @@ choices, so a seed is a run. Clocks are simulated; the store has its own, and no
     scheduler.py    who goes on, what time it is, who is killed or stopped
     weather.py      what goes wrong in a seed, and how often
     sim_store.py    a strongly consistent store that fails in every way that the protocol allows
-    adapters.py     adapters of three tensors
+    adapters.py     adapters of two tensors
     trainers.py     lives of a trainer, each of several ranks        nodes.py      rollout nodes
     keepers.py      collectors and operators
     facts.py        what really happened, from every change of the bucket
     invariants.py   what must hold after every step
     stage.py        what all actors of a seed share                  world.py      one seed: chaos, then calm
-    bugs.py         deliberate bugs, each to be found by the promise that it breaks
+    bugs.py         deliberate bugs, each to be found by the promise that it breaks; sabotage.py makes them
 """

@@ -1,4 +1,4 @@
-"""Adapters of three tensors, whose bytes follow from who submits them: any two versions differ in every tensor."""
+"""Adapters of two tensors, whose bytes follow from who submits them: any two versions differ in every tensor."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,15 +9,25 @@ from shared.adapter_files import read_tensors
 from shared.base_model import BaseIdentity
 from shared.errors import Corrupt
 from shared.manifest import LoraShape, Manifest, Parent
+from shared.peft_names import expected_tensors
 from shared.versions import Version
 
 ADAPTER = "policy"
-EXPECTED = {  # rows are dealt out to the ranks
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (6, 4),
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (12, 6),
-    "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight": (6, 2),
+BASE = BaseIdentity("qwen3_moe", "c" * 64, "d" * 64)
+BASE_CONFIG = {
+    "model_type": BASE.model_type,
+    "hidden_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "num_experts": 1,
+    "moe_intermediate_size": 1,
 }
-TARGETS = ("linear_qkv", "linear_proj")
+RANK, TARGETS = 6, ("linear_proj",)
+EXPECTED = expected_tensors(
+    BASE_CONFIG, TARGETS, RANK
+)  # two tensors, of 6 and 12 rows, which are dealt out to the ranks
 ITEM_BYTES = 2
 FINITE = 0x3F  # keeps a bf16's exponent from being all ones
 
@@ -41,9 +51,9 @@ def heading_of(version: Version, world: int, parent: Parent | None, submitted_at
         adapter=ADAPTER,
         version=version,
         parent=parent,
-        base=BaseIdentity("qwen3_moe", "c" * 64, "w" * 64),
+        base=BASE,
         base_name="tiny",
-        lora=LoraShape(6, 6, 6, TARGETS),
+        lora=LoraShape(RANK, RANK, RANK, TARGETS),
         parallel={"tp": world},
         encoding="bf16",
         training={"step": version.number, "submitted_at": submitted_at},

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from shared import strict_json
-from shared.layout import Layout, version_of
+from shared.layout import Layout, rollback_of, version_of
 from shared.manifest import VOID, Manifest
 from shared.versions import Version
 
@@ -88,8 +88,7 @@ class Facts:
             if after.content == VOID:
                 self.voided.add(version)
             else:
-                if actor in self.rolling_back:
-                    self.sources[version] = self.rolling_back[actor]
+                self._rolled_back(actor, version)
                 self._committed(version, Manifest.parse(after.content, key=key), after.modified)
         elif key.startswith(f"{LAYOUT.data}/") and version:
             self._written_at[version].append(after.modified)
@@ -97,6 +96,8 @@ class Facts:
             self.fates[version].append(str(_json(key, after)["fate"]))
         elif key.startswith(f"{LAYOUT.leases}/"):
             self._renewed(key, after)
+        elif key.startswith(f"{LAYOUT.rollbacks}/") and (pair := rollback_of(key)):
+            self._rolled_back(actor, pair[1])
         elif key.startswith(f"{LAYOUT.epochs}/"):
             self.claimed_at.setdefault(int(key.rsplit("/", 1)[-1].removesuffix(".json")), after.modified)
 
@@ -104,6 +105,11 @@ class Facts:
         """Learn from a deletion."""
         if key.startswith(f"{LAYOUT.leases}/"):
             self.leases.pop(key, None)
+
+    def _rolled_back(self, actor: str, version: Version) -> None:
+        """The first that is heard of a rollback says what its operator is about; marker or manifest may come late."""
+        if actor in self.rolling_back:
+            self.sources.setdefault(version, self.rolling_back[actor])
 
     def _committed(self, version: Version, manifest: Manifest, at: float) -> None:
         self.committed.setdefault(version, manifest)

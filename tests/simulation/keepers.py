@@ -79,8 +79,8 @@ class Operator(Keeper):
         versions = catalog.versions()
         if not versions:
             return
-        version = self._stage.rng.choice(versions)
-        deed = self._stage.rng.choice(("pin", "unpin", "roll back"))
+        version = min(self._stage.rng.choices(versions, k=2))  # rather an old one, which the collector may want too
+        deed = self._stage.rng.choice(("pin", "unpin", "roll back", "roll back"))
         if deed == "pin":
             fates.pin(version)
             self._stage.pinned(version)

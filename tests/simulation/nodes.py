@@ -1,28 +1,31 @@
-"""Rollout nodes: the product's agent, watcher and router over an engine of a few lines.
+"""Rollout nodes: the product's agent, delivery, watcher and router over an engine of a few lines.
 
-`Delivery` here is `rollout.delivery.Delivery` without a disk: lease, manifest, every part against its digest, load.
-What an agent loaded stays in its engine, which may outlive the agent, and may lose it all while the agent lives.
+Only the disk is missing: a node keeps the tensors that it fetched in memory, after `shared.transfer` matched every part
+with its digest. What an agent loaded stays in its engine, which may outlive the agent, or lose it all while the agent
+lives.
 """
 
 import contextlib
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
+import rollout.delivery
 from rollout.agent import Agent
-from rollout.delivery import Delivered
-from rollout.proof import Proof
+from rollout.delivery import Delivered, Delivery, Target
+from rollout.proof import Proof, Rows
 from rollout.router import Router
 from rollout.watch import Watcher
 from shared.catalog import Catalog
 from shared.coverage import demand_complete
-from shared.errors import EngineError, StoreError
+from shared.errors import EngineError
 from shared.leases import Lease
 from shared.manifest import Manifest, Shard
 from shared.transfer import verify
-from shared.versions import Version, parse_served_name, served_name
+from shared.versions import Version
 
-from .adapters import ADAPTER, EXPECTED, Tensors, assembled
+from .adapters import ADAPTER, BASE, BASE_CONFIG, RANK, Tensors, assembled
 from .facts import LAYOUT
 from .sim_store import SimStore
 from .stage import Stage
@@ -32,13 +35,48 @@ LIST_S = 16.0
 MAX_LORAS = 3
 QUARANTINE_AFTER = 3
 NEXT_LIFE_S = 20.0  # at most, until a killed agent is started again
+
+Shape = tuple[int, int]
+Disk = dict[str, tuple[str, Tensors]]  # directory -> (the manifest's digest, what was fetched)
+
 NO_PROOF = Proof(None, 0.0, 0.0)
+TARGET = Target("tiny", BASE_CONFIG, BASE, RANK, Path("/nowhere"))
+
+
+class NodeStore(SimStore):
+    """A node's connection, which may flip bits, and its disk."""
+
+    def __init__(self, stage: Stage, name: str, disk: Disk) -> None:
+        super().__init__(stage.bucket, name, reads_flip=True)
+        self.disk = disk
+
+
+def fetch_into_memory(
+    store: NodeStore, manifest: Manifest, expected: Mapping[str, Shape], directory: Path, *, base_name: str
+) -> Path:
+    """`shared.fetch.fetch` without a disk: what is there already is kept, every part is held against its digest."""
+    demand_complete(manifest, expected)
+    if store.disk.get(str(directory), ("",))[0] != manifest.digest:
+        shards = [_verified(store, shard) for shard in manifest.shards]
+        store.disk[str(directory)] = manifest.digest, assembled(manifest, shards)
+    return directory
+
+
+def _verified(store: SimStore, shard: Shard) -> bytes:
+    content = bytearray(shard.size)
+
+    def keep(start: int, part: memoryview) -> None:
+        content[start : start + len(part)] = part
+
+    verify(store, shard, look=keep)
+    return bytes(content)
 
 
 class SimEngine:
-    """The part of `rollout.engine.Engine` that the agent asks for."""
+    """The part of `rollout.engine.Engine` that agent and delivery ask for. Loads from the node's disk."""
 
     def __init__(self) -> None:
+        self.disk: Disk = {}
         self.loaded: dict[str, Tensors] = {}
 
     def health(self) -> None: ...
@@ -46,48 +84,51 @@ class SimEngine:
     def models(self) -> list[str]:
         return list(self.loaded)
 
-    def load_tensors(self, name: str, tensors: Tensors) -> None:
+    def load(self, name: str, path: str) -> None:
         if name in self.loaded:
             raise EngineError(f"{name} is loaded", op="load adapter")
-        self.loaded[name] = tensors
+        self.loaded[name] = self.disk[path][1]
 
     def unload(self, name: str) -> None:
         self.loaded.pop(name, None)
 
+    def score(self, model: str, sequences: Sequence[Sequence[int]]) -> Rows:
+        return [[0.0] for _ in sequences]
 
-class SimDelivery:
-    """What the agent asks of `rollout.delivery.Delivery`."""
 
-    def __init__(self, catalog: Catalog, store: SimStore, engine: SimEngine, lease: Lease) -> None:
-        self._catalog, self._store, self._engine, self._lease = catalog, store, engine, lease
+class SimLease(Lease):
+    """A lease that no thread renews: the agent's rounds do."""
 
-    def name(self, version: Version) -> str:
-        return served_name(ADAPTER, version)
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        yield
 
-    def deliver(self, version: Version) -> Delivered:
+
+class SimDelivery(Delivery):
+    """The product's, but for the disk, and with a lease on the simulation's clock."""
+
+    def __init__(self, catalog: Catalog, store: NodeStore, engine: SimEngine, lease: Lease) -> None:
+        super().__init__(catalog, engine, TARGET)  # type: ignore[arg-type]  # the part that is asked for
+        self._store, self._lease = store, lease
+
+    def deliver(self, version: Version, beside: Collection[Version] = ()) -> Delivered:
         self._store.flipped.clear()
-        loaded = (parse_served_name(name) for name in self._engine.models())
-        self._lease.take({version, *(found[1] for found in loaded if found)})
-        manifest = self._catalog.manifest(version)
-        demand_complete(manifest, EXPECTED)
-        tensors = assembled(manifest, [self._verified(shard) for shard in manifest.shards])
-        if self.name(version) not in self._engine.models():
-            self._engine.load_tensors(self.name(version), tensors)
-        return Delivered(manifest, self.name(version), Path(), NO_PROOF, 0.0, 0.0, 0.0)
+        return super().deliver(version, beside)
 
-    def _verified(self, shard: Shard) -> bytes:
-        """A shard's bytes, after each part of them matched its digest."""
-        content = bytearray(shard.size)
+    def sweep(self, keep: Collection[Version]) -> None:
+        kept = {str(version) for version in keep}
+        for path in [path for path in self._store.disk if Path(path).name not in kept]:
+            del self._store.disk[path]
 
-        def keep(start: int, part: memoryview) -> None:
-            content[start : start + len(part)] = part
 
-        verify(self._store, shard, look=keep)
-        return bytes(content)
-
-    def sweep(self, keep: Collection[Version]) -> None: ...
-
-    def forget(self) -> None: ...
+@contextlib.contextmanager
+def without_disk() -> Iterator[None]:
+    """Deliveries fetch into memory and prove nothing while the block runs: there is no model to ask."""
+    with (
+        mock.patch.object(rollout.delivery, "fetch", fetch_into_memory),
+        mock.patch.object(rollout.delivery, "prove", lambda *_: NO_PROOF),
+    ):
+        yield
 
 
 class Node:
@@ -122,11 +163,11 @@ class Node:
 
     def _live(self, name: str) -> None:
         stage, scheduler, actor = self._stage, self._stage.scheduler, self._actor
-        store = SimStore(stage.bucket, name, reads_flip=True)
+        store = NodeStore(stage, name, self._engine.disk)
         catalog, router = Catalog(store, ADAPTER), Router()
         rng = random.Random(stage.rng.random())
         watcher = Watcher(catalog, poll_interval_s=POLL_S, list_interval_s=LIST_S, clock=actor.monotonic, rng=rng)
-        lease = Lease(
+        lease = SimLease(
             store, LAYOUT, self.name, stage.scenario.lease_ttl_s, life=str(self._lives), clock=actor.monotonic
         )
         delivery = SimDelivery(catalog, store, self._engine, lease)
@@ -142,7 +183,7 @@ class Node:
             self._engine,  # type: ignore[arg-type]  # the part that the agent asks for
             watcher,
             router,
-            delivery,  # type: ignore[arg-type]
+            delivery,
             node=self.name,
             max_loras=MAX_LORAS,
             quarantine_after=QUARANTINE_AFTER,
@@ -155,7 +196,5 @@ class Node:
                 self._engine.loaded.clear()
                 scheduler.note(name, "engine restarts")
             agent.tick()
-            with contextlib.suppress(StoreError):
-                lease.renew()
             self.polls += 1
             scheduler.switch(watcher.pause_s())

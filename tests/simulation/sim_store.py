@@ -18,7 +18,7 @@ from .weather import CALM
 
 Result = TypeVar("Result")
 
-REPLY_S = 0.2  # seconds that an answer takes at most
+STALL_S = 60.0  # that a hanging request takes at most
 LATE_S = 60.0  # seconds after which a request that timed out may still be carried out
 HISTORY = 5  # writes by which a replayed LATEST may lag
 
@@ -52,6 +52,7 @@ class Bucket:
         self.objects: dict[str, Object] = {}
         self.unfinished: dict[str, float] = {}  # what killed writers left, and since when
         self.hints: list[Object] = []  # LATEST's past
+        self.reply_s = 0.2  # that a request or an answer takes at most
         self.in_pages = True  # whether a listing goes in the order of keys
         self._writes = 0
 
@@ -122,7 +123,7 @@ class SimStore:
             raise StoreError(f"{len(content)} bytes of {size}", op="put", key=key)
         aside = f"{key}.{self._rng.random()}"
         self._bucket.unfinished[aside] = self._bucket.clock()
-        self._scheduler.switch(self._rng.random() * REPLY_S)
+        self._scheduler.switch(self._rng.random() * self._bucket.reply_s)
 
         def write() -> None:
             self._bucket.unfinished.pop(aside, None)
@@ -194,22 +195,32 @@ class SimStore:
         return content
 
     def _write(self, op: str, key: str, effect: Callable[[], Result]) -> Result:
-        if not self._happens(self._bucket.weather.late):
-            return self._call(op, key, effect)
-        self._scheduler.switch()
-        delay_s = self._rng.random() * LATE_S
-        self._scheduler.spawn(f"{self._actor}'s late {op}", lambda: self._note_late(op, key, effect), delay_s=delay_s)
-        self._scheduler.note(self._actor, op, key, "no answer, comes late")
-        raise StoreError("timed out", op=op, key=key, retryable=True)
+        if self._happens(self._bucket.weather.late):
+            self._scheduler.switch()
+            self._later(op, key, effect)
+            self._scheduler.note(self._actor, op, key, "no answer, comes late")
+            raise StoreError("timed out", op=op, key=key, retryable=True)
+        if self._happens(self._bucket.weather.twice):
+            result = self._call(op, key, effect)
+            self._later(op, key, effect)
+            return result
+        return self._call(op, key, effect)
 
-    def _note_late(self, op: str, key: str, effect: Callable[[], Result]) -> None:
-        self._scheduler.note(self._actor, f"late {op}", key, str(effect()))
+    def _later(self, op: str, key: str, effect: Callable[[], object]) -> None:
+        """Let a request be carried out some time from now, whatever became of who sent it."""
+
+        def carry_out() -> None:
+            self._scheduler.note(self._actor, f"late {op}", key, str(effect()))
+
+        delay_s = self._rng.random() * LATE_S
+        self._scheduler.spawn(f"{self._actor}'s late {op}", carry_out, delay_s=delay_s)
 
     def _call(self, op: str, key: str, effect: Callable[[], Result]) -> Result:
         if key:
             check_key(key)
         weather = self._bucket.weather
-        self._scheduler.switch(self._rng.random() * REPLY_S)
+        stalls = "/manifests/" in key and self._happens(weather.stall)
+        self._scheduler.switch(self._rng.random() * (STALL_S if stalls else self._bucket.reply_s))
         if self._happens(weather.refuse):
             self._scheduler.note(self._actor, op, key, "refused")
             raise StoreError("503", op=op, key=key, retryable=True)
@@ -217,11 +228,11 @@ class SimStore:
             result = effect()
         except (KeyMissing, Corrupt) as error:
             self._scheduler.note(self._actor, op, key, error.message)
-            self._scheduler.switch(self._rng.random() * REPLY_S)
+            self._scheduler.switch(self._rng.random() * self._bucket.reply_s)
             raise
         lost = self._happens(weather.lose_reply)
         self._scheduler.note(self._actor, op, key, "answer lost" if lost else _said(result))
-        self._scheduler.switch(self._rng.random() * REPLY_S)
+        self._scheduler.switch(self._rng.random() * self._bucket.reply_s)
         if lost:
             raise StoreError("connection reset", op=op, key=key, retryable=True)
         return result

@@ -46,7 +46,7 @@ class Scenario:
             ranks=rng.choice((1, 1, 2, 3)),
             readers=rng.choice((1, 2, 3)),
             collectors=rng.choice((0, 1, 1, 2)),
-            operators=rng.choice((0, 0, 1)),
+            operators=rng.choice((0, 1, 2)),
             rules=Rules(rng.choice((2, 2, 3)), rng.choice((0.0, 0.0, 20.0)), rng.choice((8.0, 30.0, 60.0))),
             grace_s=rng.choice((0.0, 5.0, 20.0)),
             lease_ttl_s=rng.choice((20.0, 40.0)),
@@ -65,6 +65,7 @@ class Stage:
         self.bucket = Bucket(self.scheduler, self.skew_s())
         self.bucket.observer = self
         self.bucket.in_pages = self.rng.random() < 0.5
+        self.bucket.reply_s = self.rng.choice((0.05, 0.2, 0.2, 2.0))
         self.facts = Facts(self.bucket)
         self.violation: Violation | None = None
         self.invariants = [kind(self.facts, self.scenario.rules, self.broken) for kind in ALL]

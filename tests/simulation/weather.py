@@ -11,6 +11,8 @@ class Weather:
     refuse: float = 0.0  # the store answers with an error and does nothing
     lose_reply: float = 0.0  # the store does it; the answer is lost
     late: float = 0.0  # the caller hears of a timeout; the store does it later
+    stall: float = 0.0  # a request about a manifest hangs before the store acts: there all races are decided
+    twice: float = 0.0  # the store does it, and once more later: a request that was sent again below us
     tear_listing: float = 0.0  # a listing takes a while: what is written or deleted meanwhile may be in it or not
     old_hint: float = 0.0  # LATEST reads as it was some writes ago
     flip: float = 0.0  # a bit of a shard or manifest is flipped on its way to an agent
@@ -30,6 +32,8 @@ WORST = {
     "refuse": 0.1,
     "lose_reply": 0.1,
     "late": 0.04,
+    "stall": 0.15,
+    "twice": 0.04,
     "tear_listing": 0.3,
     "old_hint": 0.3,
     "flip": 0.04,
