@@ -74,10 +74,11 @@ class CephFailed(Exception):
 
 @dataclass(frozen=True)
 class CephRgw:
-    """A running gateway; what `s3_server.S3Server` offers, without its faults."""
+    """A gateway: what `s3_server.S3Server` offers, and one real fault."""
 
     endpoint: str
     bucket: str
+    _cluster: "_Cluster"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,6 +96,15 @@ class CephRgw:
 
     def url(self, prefix: str) -> str:
         return f"s3://{self.bucket}/{prefix}"
+
+    @contextlib.contextmanager
+    def gateway_killed(self) -> Iterator[None]:
+        """SIGKILL the gateway, whatever it is doing; start it again at the end. The cluster behind it stays up."""
+        self._cluster.kill_gateway()
+        try:
+            yield
+        finally:
+            self._cluster.start_gateway()
 
 
 def missing_packages() -> list[str]:
@@ -177,11 +187,28 @@ class _Cluster:
         user = ("--uid", "lorasync", "--display-name", "lorasync")
         keys = ("--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY)
         self._run("radosgw-admin", "user", "create", *user, *keys)
-        self._daemon("radosgw", "-n", "client.rgw")
-        place = CephRgw(f"http://127.0.0.1:{self._rgw_port}", bucket)
-        self._await_answer()
+        self.start_gateway()
+        place = CephRgw(f"http://127.0.0.1:{self._rgw_port}", bucket, self)
         _make_bucket(place)
         return place
+
+    def start_gateway(self) -> None:
+        self._daemon("radosgw", "-n", "client.rgw")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self._rgw_port), timeout=1).close()
+                return
+            except OSError:
+                ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
+                if ended or time.monotonic() > deadline:
+                    raise CephFailed(f"the gateway does not answer; ended: {ended}; {self._last_words()}") from None
+                time.sleep(POLL_S)
+
+    def kill_gateway(self) -> None:
+        gateway = self._daemons.pop()
+        gateway.kill()
+        gateway.wait()
 
     def stop(self) -> None:
         for daemon in reversed(self._daemons):
@@ -226,18 +253,6 @@ class _Cluster:
             raise CephFailed(f"{program} is not installed")
         config = [] if program == "monmaptool" else ["-c", str(self._config)]
         return [found, *config, *words]
-
-    def _await_answer(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self._rgw_port), timeout=1).close()
-                return
-            except OSError:
-                ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
-                if ended or time.monotonic() > deadline:
-                    raise CephFailed(f"the gateway does not answer; ended: {ended}; {self._last_words()}") from None
-                time.sleep(POLL_S)
 
     def _last_words(self) -> str:
         logs = sorted((self._root / "log").glob("*"), key=lambda path: path.stat().st_mtime)
