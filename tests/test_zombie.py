@@ -14,16 +14,19 @@ from typing import Self
 import psutil
 import pytest
 import synthetic
+import torch
 from crash_points import End, Life, Nursery
 from light_commands import LAYOUT, MOMENTS
 from run_processes import wait_for
 
+from publisher.epochs import claim_epoch
 from shared.catalog import Catalog
 from shared.errors import Fenced
 from shared.fetch import verify
 from shared.layout import version_of
 from shared.local_store import LocalStore
 from shared.versions import Version
+from trainer.checkpoint import Checkpoint, newest, write
 
 DEADLINE_S = 120.0
 SKEW_S = 600.0
@@ -127,6 +130,38 @@ def test_a_trainer_that_wakes_up_after_its_successor_published_ends_as_fenced_an
     for version in catalog.versions():
         verify(catalog.store, catalog.manifest(version), synthetic.EXPECTED)
     assert Reader(nursery, pool, url, tmp_path / "late").stop() == [Version(2, 1)]
+
+
+def test_a_checkpoint_that_was_late_by_a_takeover_counts_until_the_successor_has_one(tmp_path: Path):
+    """The documented window of trainer/checkpoint.py: the fence is looked at, a successor claims, the state is put."""
+    store = TakenOver(str(tmp_path / "store"))
+    claim_epoch(store, LAYOUT)
+    write(store, LAYOUT, state(1, 20))
+    store.successor_comes = True
+    write(store, LAYOUT, state(1, 25))
+    with pytest.raises(Fenced):
+        write(store, LAYOUT, state(1, 30))
+    third = newest(store, LAYOUT)
+    assert third is not None and (third.epoch, third.step) == (1, 25)
+    write(store, LAYOUT, state(2, 21))  # the successor resumed from 20
+    third = newest(store, LAYOUT)
+    assert third is not None and (third.epoch, third.step) == (2, 21)
+
+
+class TakenOver(LocalStore):
+    """Another trainer claims just before a checkpoint's last put."""
+
+    successor_comes = False
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        if self.successor_comes and key.endswith("/state.json"):
+            self.successor_comes = False
+            claim_epoch(self, LAYOUT)
+        return super().put_if_absent(key, content)
+
+
+def state(epoch: int, step: int) -> Checkpoint:
+    return Checkpoint(epoch, step, {"step": step}, {"lora": torch.full((2,), float(step))})
 
 
 def outcome_with_clocks(

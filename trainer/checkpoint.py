@@ -9,6 +9,10 @@ no pickle. Writing runs behind the step, one at a time; the newest two or more a
 not the run, and a rollback finds one of its past. The newest is the highest (epoch, step): a zombie of a lower epoch
 can't displace its successor's, and before its successor has one, it may not commit its own: the successor resumed
 without it, and a third life would go on from it.
+
+A zombie that stalls between its look at the fence and its put commits all the same. That checkpoint is whole and true,
+and counts only if the successor dies before its first one, whose work is lost then in any case: the third life goes on
+along the zombie's curve instead of repeating it. No version is taken back: the third life's are of a higher epoch.
 """
 
 import hashlib
