@@ -28,6 +28,7 @@ from shared.fates import Fate, Fates
 from shared.layout import rollback_of, version_of
 from shared.leases import FORGET_AFTER_S, read_leases, store_now
 from shared.manifest import MAX_MANIFEST_BYTES, VOID
+from shared.store import is_key
 from shared.versions import Version
 
 log = logging.getLogger(__name__)
@@ -170,14 +171,14 @@ def sweep(catalog: Catalog) -> Swept:
 def forget_leases(catalog: Catalog, seen: Seen) -> None:
     """Delete leases that lapsed long ago. Their holders never write under these names again."""
     for entry in seen.leased.lapsed:
-        if seen.now - entry.modified > FORGET_AFTER_S:
+        if seen.now - entry.modified > FORGET_AFTER_S and is_key(entry.key):
             catalog.store.delete(entry.key)
 
 
 def forget_probes(catalog: Catalog, now: float) -> None:
     """Delete what killed processes left of their tests of the store and of its clock."""
     for entry in catalog.store.list(catalog.layout.probes):
-        if now - entry.modified > LEFTOVER_AFTER_S:
+        if now - entry.modified > LEFTOVER_AFTER_S and is_key(entry.key):
             catalog.store.delete(entry.key)
 
 
@@ -194,11 +195,11 @@ def _named(catalog: Catalog) -> tuple[dict[Version, float], frozenset[Version]]:
 
 
 def _stored(catalog: Catalog) -> dict[Version, Stored]:
-    """What lies under data/: one listing."""
+    """What lies under data/: one listing. What somebody else put there under a name that is no key of ours stays."""
     found: dict[Version, Stored] = {}
     nothing = Stored((), 0, 0.0)
     for entry in catalog.store.list(catalog.layout.data):
-        if version := version_of(entry.key):
+        if (version := version_of(entry.key)) and is_key(entry.key):
             had = found.get(version, nothing)
             newest = max(had.newest_at, entry.modified)
             found[version] = Stored((*had.keys, entry.key), had.bytes + entry.size, newest)

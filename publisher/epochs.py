@@ -65,4 +65,4 @@ def demand_unfenced(store: Store, layout: Layout, epoch: int, *, op: str) -> Non
 
 def _claimed(store: Store, layout: Layout) -> list[int]:
     names = (entry.key.rsplit("/", 1)[-1].removesuffix(".json") for entry in store.list(layout.epochs))
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isdecimal()]

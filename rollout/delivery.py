@@ -143,6 +143,14 @@ class Delivery:
         else:
             self._lease.renew()
 
+    def holding(self, versions: Collection[Version]) -> contextlib.AbstractContextManager[None]:
+        """Keep these versions leased while the block runs, for who delivers them one after another.
+
+        Raises:
+            StoreError: the store failed; nothing is held.
+        """
+        return self._lease.holding(versions)
+
     def release(self) -> None:
         """Lease nothing any more."""
         with contextlib.suppress(StoreError):  # it lapses

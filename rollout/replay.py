@@ -117,16 +117,16 @@ def replay(
         UsageError: no prompts.
         LorasyncError: the version can't be delivered or the engine fails; nothing is skipped silently.
     """
-    for version in versions:
-        delivered = delivery.deliver(version)
-        try:
-            evaluation = evaluate(engine, delivered.name, prompts, reward, max_tokens=max_tokens, seed=seed)
-        finally:
-            engine.unload(delivered.name)
-            delivery.sweep(keep=())
-            delivery.release()
-        step = int(delivered.manifest.training.get("step", -1))
-        yield Replayed(version, step, evaluation, _recorded(catalog, version, prompts, seed))
+    with delivery.holding(versions):
+        for version in versions:
+            delivered = delivery.deliver(version, beside=versions)
+            try:
+                evaluation = evaluate(engine, delivered.name, prompts, reward, max_tokens=max_tokens, seed=seed)
+            finally:
+                engine.unload(delivered.name)
+                delivery.sweep(keep=())
+            step = int(delivered.manifest.training.get("step", -1))
+            yield Replayed(version, step, evaluation, _recorded(catalog, version, prompts, seed))
 
 
 def _recorded(catalog: Catalog, version: Version, prompts: Sequence[Prompt], seed: int) -> Evaluation | None:

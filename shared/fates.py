@@ -150,4 +150,4 @@ class Fates:
 def _number(key: str) -> int:
     """An entry's number; 0 for a key of another form."""
     name = key.rsplit("/", 1)[-1].removesuffix(".json")
-    return int(name) if name.isdigit() else 0
+    return int(name) if name.isdecimal() else 0

@@ -1,15 +1,14 @@
 """A reader says which versions it is using, so that no collector deletes them under it.
 
-    lease.take({version})           # first ...
-    manifest = catalog.manifest(version)    # ... then this; a void there means that it expired
-    with lease.kept():              # renewed by a thread, for whoever is busy for minutes
+    with lease.holding({version}):              # first ...
+        manifest = catalog.manifest(version)    # ... then this; a void there means that it expired
         fetch(...)
-    lease.release()
 
 Promises: what was taken before the manifest was read stays until the lease is released, or has not been renewed for
 `ttl_s` (its reader is dead or cut off). Ages are counted on the store's own clock, against a probe written just now, so
 no host's clock matters; the reader itself only counts seconds since its last write.
-Does not: protect who takes no lease; a version that is gone in mid-download is looked for again.
+Does not: protect who takes no lease; a version that is gone in mid-download is looked for again. Who may only read does
+without, and is told once.
 
 Every set of versions is a new object, `leases/{holder}-{n}.json`; renewals write the same bytes over the same one. A
 write that timed out may still be carried out later. Under one name it would then stand over its successor, and the
@@ -68,6 +67,7 @@ class Lease:
         self._versions: frozenset[Version] = frozenset()  # what the object says
         self._n = self._used = 0  # the object's number, and the last one that was ever tried
         self._written_at = 0.0
+        self._refused = False  # by a store that takes no leases from us
 
     @property
     def versions(self) -> frozenset[Version]:
@@ -84,6 +84,8 @@ class Lease:
         """
         with self._lock:
             wanted = frozenset(versions)
+            if self._refused:
+                return
             if not wanted:
                 self._release()
             elif not wanted <= self._versions or (self._due() and wanted != self._versions):
@@ -108,6 +110,21 @@ class Lease:
         """
         with self._lock:
             self._release()
+
+    @contextlib.contextmanager
+    def holding(self, versions: Collection[Version]) -> Iterator[None]:
+        """Hold these versions while the block runs, however long it takes.
+
+        Raises:
+            StoreError: the store failed; nothing is held.
+        """
+        self.take(versions)
+        try:
+            with self.kept():
+                yield
+        finally:
+            with contextlib.suppress(StoreError):  # it lapses
+                self.release()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -141,7 +158,7 @@ class Lease:
         before, held = self._n, bool(self._versions)
         self._used += 1
         self._put(self._used, versions)
-        if held:
+        if held and not self._refused:
             try:
                 self._store.delete(self._layout.lease(self._holder, before))
             except StoreError as error:
@@ -150,7 +167,14 @@ class Lease:
     def _put(self, n: int, versions: frozenset[Version]) -> None:
         began = self._clock()
         body = {"holder": self._holder, "versions": sorted(map(str, versions)), "ttl_s": self._ttl_s}
-        self._store.put(self._layout.lease(self._holder, n), strict_json.dumps(body))
+        try:
+            self._store.put(self._layout.lease(self._holder, n), strict_json.dumps(body))
+        except StoreError as error:
+            if error.retryable:
+                raise
+            log.warning("the store takes no lease from us, reading without: %s", error)
+            self._refused = True
+            return
         self._n, self._versions, self._written_at = n, versions, began
 
     def _release(self) -> None:
@@ -194,6 +218,7 @@ def _look(store: Store, layout: Layout, now: float) -> Leased:
     holders: dict[Version, tuple[str, ...]] = {}
     unreadable, lapsed = [], []
     for entry in store.list(layout.leases):
+        name = entry.key.rsplit("/", 1)[-1].removesuffix(".json")
         if now - entry.modified > MAX_TTL_S + GRAIN_S:
             lapsed.append(entry)
             continue
@@ -201,14 +226,14 @@ def _look(store: Store, layout: Layout, now: float) -> Leased:
             body = strict_json.load_object(
                 store.get(entry.key, MAX_LEASE_BYTES), key=entry.key, max_bytes=MAX_LEASE_BYTES
             )
-            holder, ttl_s = str(body["holder"]), float(body["ttl_s"])
+            ttl_s = float(body["ttl_s"])
             versions = [Version.parse(text) for text in body["versions"]]
         except (Corrupt, LookupError, TypeError, ValueError, UsageError):
-            unreadable.append(entry.key)
+            unreadable.append(f"unreadable lease {name!a}")
             continue
         if now - entry.modified <= ttl_s + GRAIN_S:
             for version in versions:
-                holders[version] = (*holders.get(version, ()), holder)
+                holders[version] = (*holders.get(version, ()), name.rpartition("-")[0])
         else:
             lapsed.append(entry)
     return Leased(holders, tuple(unreadable), tuple(lapsed))

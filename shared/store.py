@@ -121,13 +121,18 @@ class Store(Protocol):
         ...
 
 
+def is_key(key: str) -> bool:
+    """Whether this is a key that `check_key` lets pass. A listing may hold others: what somebody else put there."""
+    return len(key) <= MAX_KEY_LENGTH and _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
     """Return the key if it is safe to join to the store's root.
 
     Raises:
         UsageError: absolute, empty, with `..` or characters outside [A-Za-z0-9_.@-/].
     """
-    if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
+    if not is_key(key):
         raise UsageError(f"not a key of the store: {key[:80]!r}", op="check key")
     return key
 

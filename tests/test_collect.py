@@ -350,6 +350,22 @@ def test_what_killed_writers_left_half_written_goes_after_a_day(tmp_path: Path):
     assert young.exists() and not old.exists()
 
 
+def test_what_somebody_else_put_there_under_odd_names_stays_and_holds_nobody_up(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    put_versions(store, range(4))
+    odd = [
+        tmp_path / "policy" / "data" / "00000001-000000000000" / "abc" / "copy of it.txt",
+        tmp_path / "policy" / "fates" / "00000001-000000000001" / "\u00b2.json",
+        tmp_path / "policy" / "rollbacks" / "00000001-000000000002" / "notes.txt",
+    ]
+    for path in odd:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    run(store)
+    assert alive(store) == [2, 3] and all(path.exists() for path in odd)
+    assert data_of(store, v(0)) == [str(odd[0].relative_to(tmp_path))]
+
+
 def test_a_store_that_fails_in_the_middle_costs_nothing_but_another_run(store: ClockedStore):
     put_versions(store, range(6))
     fails = [True]

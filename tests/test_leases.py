@@ -159,12 +159,43 @@ def test_a_lease_that_cannot_be_read_counts_for_every_version_until_it_is_an_hou
     assert read_leases(store, LAYOUT, store.now).holders(V3) == ()
 
 
+def test_who_may_not_write_is_told_once_and_reads_without(store: ClockedStore, caplog: pytest.LogCaptureFixture):
+    tries = []
+
+    def refuse(op: str, key: str) -> None:
+        tries.append(key)
+        raise StoreError("may only read", op=op, key=key)
+
+    store.before = refuse
+    lease = Lease(store, LAYOUT, "node")
+    for version in (V1, V2, V3):
+        with lease.holding({version}):
+            assert lease.versions == frozenset()
+    assert len(tries) == 1
+    assert [record.message for record in caplog.records if "reading without" in record.message] != []
+
+
+def test_a_block_holds_and_lets_go_even_if_it_fails(store: ClockedStore):
+    lease = Lease(store, LAYOUT, "node", life="a")
+    with pytest.raises(KeyError), lease.holding({V1}):
+        assert held(store) == {V1: ("node-a",)}
+        raise KeyError
+    assert held(store) == {}
+
+
 def test_a_lease_says_who_holds_what_for_how_long(store: ClockedStore):
     Lease(store, LAYOUT, "node", life="a").take({V1})
     key = store.list(LAYOUT.leases)[0].key
     assert key == "policy/leases/node-a-000001.json"
     body = strict_json.load_object(store.get(key), key=key, max_bytes=999)
     assert body == {"holder": "node-a", "ttl_s": TTL_S, "versions": ["0001-000001"]}
+
+
+def test_a_lease_under_a_name_that_is_no_key_of_ours_is_told_without_its_control_characters(tmp_path: Path):
+    local = open_store(str(tmp_path))
+    Lease(local, LAYOUT, "node").take({V1})
+    (tmp_path / "policy" / "leases" / "copy of \x1b[2J.json").write_text("{}")
+    assert read_leases(local, LAYOUT, store_now(local, LAYOUT)).holders(V2) == ("unreadable lease 'copy of \\x1b[2J'",)
 
 
 def test_a_lease_of_more_than_an_hour_is_refused(store: ClockedStore):
