@@ -79,7 +79,8 @@ class LocalStore:
                     path.hardlink_to(beside)
                     ours = True
                 except FileExistsError:
-                    with self._opened(key) as (descriptor, status):
+                    ours = False
+                    with contextlib.suppress(Corrupt), self._opened(key) as (descriptor, status):
                         ours = _read(descriptor, 0, status.st_size) == content
                 except OSError as error:
                     if error.errno not in _NO_LINKS:

@@ -44,6 +44,7 @@ def partial_directory(directory: Path, name: str) -> Iterator[Path]:
     if lock is None:
         raise StoreError("could not be locked", op="fetch", key=str(aside))
     try:
+        _remove_strangers(aside)
         ours = re.compile(re.escape(_beside(directory, "").name) + rf"[0-9a-f]{{{NAME_LENGTH}}}")
         for other in directory.parent.iterdir():
             if other != aside and ours.fullmatch(other.name):
@@ -72,9 +73,11 @@ def _beside(directory: Path, name: str) -> Path:
 def _locked(aside: Path) -> int | None:
     """Lock a directory, making it if need be: the lock's descriptor, or None if another process holds it."""
     for _ in range(_TRIES):
+        if aside.is_symlink():
+            aside.unlink(missing_ok=True)
         aside.mkdir(exist_ok=True)
         try:
-            lock = os.open(aside / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = os.open(aside / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # removed in between by who took it for a leftover
             continue
         try:
@@ -98,10 +101,17 @@ def _take(aside: Path, lock: int) -> bool:
         return False
 
 
+def _remove_strangers(aside: Path) -> None:
+    """Remove what no builder leaves: a link would be written through, to wherever it leads; a pipe never ends."""
+    for path in aside.iterdir():
+        if path.is_symlink() or not path.is_file():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _remove_unused(other: Path) -> None:
     """Remove what a killed process left, unless its builder lives."""
     with contextlib.suppress(OSError):
-        lock = os.open(other / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(other / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             if _take(other, lock):
                 shutil.rmtree(other, ignore_errors=True)
