@@ -128,6 +128,8 @@ class ObjectStore:
                 found = self._fs.find(path, detail=True)
             except FileNotFoundError:
                 found = {}
+            if not isinstance(found, dict):  # adlfs's answer where the path is an object's
+                found = {}
             cut = len(self._root) + 1
             files = {name: info for name, info in found.items() if info["type"] == "file" and name != path}
             entries = (Entry(name[cut:], int(info["size"]), modified(info)) for name, info in files.items())
