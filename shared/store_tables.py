@@ -20,7 +20,8 @@ def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             continue
         size, step, at = f"{row['bytes']:,}", "" if row["step"] is None else str(row["step"]), row["submitted_at"]
         notes = ["pinned"] if row["pinned"] else []
-        notes += [f"back to {row['rolled_back_to']}"] if row["rolled_back_to"] else []
+        back = row["rolled_back_to"]
+        notes += [f"back to {back}"] if isinstance(back, str) and back.isprintable() else []
         receipts = " ".join(row["receipts"]) + (f" ({', '.join(notes)})" if notes else "")
         table.add_row(row["version"], step, size, row["parent"] or "", local_time(at), receipts.strip())
     return table
