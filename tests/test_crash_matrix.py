@@ -65,9 +65,9 @@ class Bench:
         return place
 
 
-def publishing(bench: Bench, place: Path, rank: int = 0, world: int = 1, **how: Any) -> Life:
+def publishing(bench: Bench, place: Path, rank: int = 0, world: int = 1, store: str = "store", **how: Any) -> Life:
     """A rank's part of the second version."""
-    words = {"url": str(place / "store"), "base": str(bench.base), "version": list(SECOND), "nonce": bench.claim.nonce}
+    words = {"url": str(place / store), "base": str(bench.base), "version": list(SECOND), "nonce": bench.claim.nonce}
     return Life("publish", {**words, "rank": rank, "world": world}, **how)
 
 
@@ -148,6 +148,35 @@ def test_a_lone_publisher_killed_at_any_change_leaves_its_version_whole_or_invis
     told(capsys, "publish, 1 rank", changes)
 
 
+def test_a_trainers_first_life_killed_at_any_change_is_followed_by_a_second(
+    nursery: Nursery, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    """From an empty path on: the layout, the claim of the epoch, two versions."""
+    base = synthetic.write_base(folder / "base")
+
+    def training(name: object, kill_at: int | None = None) -> Life:
+        return Life("lorasync", {"words": ["train", str(folder / str(name) / "store"), str(base), "2"]}, kill_at)
+
+    def kill(at: int) -> None:
+        [end] = nursery.run([training(at, at)])
+        demand_killed(end, at)
+        store = LocalStore(str(folder / str(at) / "store"))
+        catalog = Catalog(store, synthetic.ADAPTER)
+        before = catalog.versions()
+        assert before == [FIRST, SECOND][: len(before)], at
+        claimed = len(store.list(LAYOUT.epochs))
+        assert claimed == 1 or not store.list(LAYOUT.data), at
+        [manifest] = synthetic.publish(store, base)
+        assert manifest.version == Version(claimed + 1, 0), at
+        demand_clean(store)
+        assert demand_readable(store)[-1] == manifest.version, at
+        shutil.rmtree(folder / str(at))
+
+    changes = unharmed(nursery, [training("none")])
+    each(kill, changes)
+    told(capsys, "first life", changes)
+
+
 @pytest.mark.parametrize("world", [4, 8])
 def test_when_any_rank_is_killed_the_others_commit_what_is_whole_or_name_it(
     nursery: Nursery, folder: Path, world: int, capsys: pytest.CaptureFixture[str]
@@ -185,13 +214,15 @@ def test_when_any_rank_is_killed_the_others_commit_what_is_whole_or_name_it(
     told(capsys, f"publish, {world} ranks", kills)
 
 
+@pytest.mark.parametrize("world", [1, 4])
 def test_a_download_killed_at_any_change_is_never_taken_for_whole_and_is_mended_by_the_next(
-    nursery: Nursery, folder: Path, capsys: pytest.CaptureFixture[str]
+    nursery: Nursery, folder: Path, world: int, capsys: pytest.CaptureFixture[str]
 ):
-    bench = Bench.made(folder, 2)
-    url = str(folder / "template")
-    store = LocalStore(url)
+    bench = Bench.made(folder, 1)
+    url, store = str(folder / "template"), LocalStore(str(folder / "template"))
+    nursery.run([publishing(bench, folder, rank, world, store="template") for rank in range(world)])
     manifest = Catalog(store, synthetic.ADAPTER).manifest(SECOND)
+    assert len(manifest.shards) == world
 
     def downloading(place: Path, kill_at: int | None = None) -> Life:
         return Life("download", {"url": url, "version": list(SECOND), "directory": str(place / "out")}, kill_at)
@@ -200,18 +231,17 @@ def test_a_download_killed_at_any_change_is_never_taken_for_whole_and_is_mended_
         place = folder / f"kill-{at}"
         [end] = nursery.run([downloading(place, at)])
         demand_killed(end, at)
-        if (place / "out").exists():
-            assert same(place / "out", whole), at
+        assert not (place / "out").exists() or same(place / "out", whole), at
         fetch(store, manifest, synthetic.EXPECTED, place / "out", base_name="base")
         assert same(place / "out", whole), at
+        assert [path.name for path in place.iterdir()] == ["out"], at
         shutil.rmtree(place)
 
     changes = unharmed(nursery, [downloading(folder / "none")])
     whole = folder / "none" / "out"
     assert (whole / MANIFEST).read_bytes() == manifest.to_bytes()
     each(kill, changes)
-    told(capsys, "download", changes)
-    assert bench.base.exists()
+    told(capsys, f"download, {world} shards", changes)
 
 
 def test_a_collector_killed_at_any_change_deletes_nothing_in_use_and_is_finished_by_the_next(
