@@ -5,7 +5,9 @@ stalled trainer of a lower epoch wakes up, even step back. A listing neither lag
 deleted; whoever follows the hint keeps the highest version it has seen, and lists now and then (rollout/watch.py).
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared import strict_json
 from shared.errors import Corrupt, KeyMissing, UsageError
@@ -17,7 +19,11 @@ from shared.versions import Version
 if TYPE_CHECKING:
     from shared.signing import Trust
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 MAX_HINT_BYTES = 100_000
+READS_AT_ONCE = 8
 
 
 class Catalog:
@@ -125,14 +131,20 @@ class Catalog:
 
     def nodes(self) -> list[dict[str, Any]]:
         """Every node's hint."""
-        found = (self._hint_object(entry.key) for entry in self.store.list(self.layout.nodes))
-        return [hint for hint in found if hint]
+        keys = [entry.key for entry in self.store.list(self.layout.nodes)]
+        return [hint for hint in at_once(self._hint_object, keys) if hint]
 
     def _hint_object(self, key: str) -> dict[str, Any] | None:
         try:
             return strict_json.load_object(self.store.get(key, MAX_HINT_BYTES), key=key, max_bytes=MAX_HINT_BYTES)
         except (KeyMissing, Corrupt):
             return None
+
+
+def at_once(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What `read` says of each item, in their order; a few of them are read at a time, for each is a request."""
+    with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read") as pool:
+        return list(pool.map(read, items))
 
 
 def check_layout(store: Store, layout: Layout) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.catalog import Catalog
+from shared.catalog import Catalog, at_once
 from shared.errors import Corrupt, KeyMissing, UsageError
 from shared.versions import Version
 
@@ -75,9 +75,12 @@ class StatusReader:
         self._submitted: dict[Version, float | None] = {}
 
     def read(self) -> Status:
-        """Look once: two listings, the hints, and for a lagging node one manifest."""
+        """Look once: two listings, the hints, and for lagging nodes the manifest of the first version they miss."""
         versions = self._catalog.versions()
         hints = sorted(self._catalog.nodes(), key=lambda hint: str(hint.get("node")))
+        first_missed = {missed[0] for hint in hints if (missed := _missed(hint, versions))}
+        unread = sorted(first_missed - self._submitted.keys())
+        self._submitted.update(zip(unread, at_once(self._read_submitted, unread), strict=True))
         return Status(
             adapter=self._catalog.layout.adapter,
             store=self._catalog.store.url,
@@ -90,7 +93,7 @@ class StatusReader:
     def _node(self, hint: Mapping[str, Any], versions: list[Version]) -> NodeStatus:
         version, updated = _version(hint.get("version")), number(hint.get("updated_at"))
         quarantined = hint.get("quarantined")
-        missed = versions[bisect_right(versions, version) :] if version else []
+        missed = _missed(hint, versions)
         return NodeStatus(
             node=str(hint.get("node")),
             state=str(hint.get("state", "unknown")),
@@ -105,13 +108,14 @@ class StatusReader:
         )
 
     def _age(self, version: Version) -> float | None:
-        if version not in self._submitted:
-            try:
-                self._submitted[version] = submitted_at(self._catalog.manifest(version).training)
-            except (Corrupt, KeyMissing):  # expired between the listing and now, or for `verify` to tell
-                self._submitted[version] = None
         submitted = self._submitted[version]
         return None if submitted is None else max(0.0, self._clock() - submitted)
+
+    def _read_submitted(self, version: Version) -> float | None:
+        try:
+            return submitted_at(self._catalog.manifest(version).training)
+        except (Corrupt, KeyMissing):  # expired between the listing and now, or for `verify` to tell
+            return None
 
 
 def submitted_at(training: Mapping[str, Any]) -> float | None:
@@ -122,6 +126,12 @@ def submitted_at(training: Mapping[str, Any]) -> float | None:
 def number(value: Any) -> float | None:
     """A hint's number, or None for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _missed(hint: Mapping[str, Any], versions: list[Version]) -> list[Version]:
+    """The versions that are newer than the one which a node serves."""
+    version = _version(hint.get("version"))
+    return versions[bisect_right(versions, version) :] if version else []
 
 
 def _version(text: Any) -> Version | None:
