@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,21 +98,25 @@ def _console() -> "Console":
 
 
 def _versions(options: argparse.Namespace) -> int:
+    from shared.catalog import at_once
     from shared.store_tables import versions_table
 
     catalog = _catalog(options)
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
-    receipts, pins = _receipts(catalog), _pins(catalog)
-    rows = []
-    for version in catalog.versions()[-options.limit :]:
+    shown = catalog.versions()[-options.limit :]
+    receipts, pins = _receipts(catalog, shown), _pins(catalog, shown)
+
+    def row(version: "Version") -> dict[str, Any] | None:
         try:
-            rows.append({**_row(catalog.manifest(version), pins.get(version)), "receipts": receipts.get(version, [])})
+            return {**_row(catalog.manifest(version), pins.get(version)), "receipts": receipts.get(version, [])}
         except KeyMissing:  # expired since the listing
-            continue
+            return None
         except Corrupt as error:
             print(f"lorasync: {type(error).__name__}: {error}", file=sys.stderr)
-            rows.append({"version": str(version), "corrupt": str(error), "receipts": receipts.get(version, [])})
+            return {"version": str(version), "corrupt": str(error), "receipts": receipts.get(version, [])}
+
+    rows = [found for found in at_once(row, shown) if found]
     if options.json:
         print(json.dumps(rows))
     elif rows:
@@ -138,13 +142,13 @@ def _row(manifest: "Manifest", pin: "Entry | None") -> dict[str, Any]:
     }
 
 
-def _pins(catalog: "Catalog") -> "dict[Version, Entry]":
-    """The pinned versions: one listing, and a read for each version that was ever pinned or collected half-way."""
+def _pins(catalog: "Catalog", shown: "Sequence[Version]") -> "dict[Version, Entry]":
+    """Those that are pinned: one listing, and a read for each that was ever pinned or collected half-way."""
     from shared.fates import Fate, Fates
 
-    fates, alive, found = Fates(catalog.store, catalog.layout), set(catalog.versions()), {}
+    fates, asked, found = Fates(catalog.store, catalog.layout), set(shown), {}
     for version, n in fates.logged().items():
-        if version in alive:
+        if version in asked:
             try:
                 entry = fates.entry(version, n)
             except Corrupt as error:
@@ -155,12 +159,13 @@ def _pins(catalog: "Catalog") -> "dict[Version, Entry]":
     return found
 
 
-def _receipts(catalog: "Catalog") -> "dict[Version, list[str]]":
-    """The nodes that have proven each version, by one listing."""
-    from shared.layout import version_of
+def _receipts(catalog: "Catalog", shown: "Sequence[Version]") -> "dict[Version, list[str]]":
+    """The nodes that have proven each of these versions, ascending, by one listing from the first one on."""
+    from shared.layout import stem, version_of
 
     found: dict[Version, list[str]] = {}
-    for entry in catalog.store.list(catalog.layout.receipts):
+    before = f"{catalog.layout.receipts}/{stem(shown[0])}" if shown else ""
+    for entry in catalog.store.list(catalog.layout.receipts, before):
         version = version_of(entry.key)
         if version:
             found.setdefault(version, []).append(entry.key.rsplit("/", 1)[-1].removesuffix(".json"))
