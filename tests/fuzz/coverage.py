@@ -4,6 +4,7 @@ Our parsers are instrumented, so an input that reaches another branch is kept an
 process itself, with the input that failed in its artifact file.
 """
 
+import shlex
 import sys
 
 import atheris
@@ -32,8 +33,9 @@ with atheris.instrument_imports(include=INSTRUMENTED):
 
 def main() -> None:
     """Hand over to libFuzzer; does not return."""
-    target = TARGETS[sys.argv[1]]
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
+    name = sys.argv[1]
+    again = shlex.join([sys.executable, "-m", "tests.fuzz.coverage", name])  # a merge starts itself, through a shell
+    atheris.Setup([again, *sys.argv[2:]], TARGETS[name])
     atheris.Fuzz()
 
 
