@@ -1,0 +1,68 @@
+"""Our writer and reader of many tensors beside safetensors' save_file and load_file, on the same tensors.
+
+    write   header and bytes to a new file, not synced (save_file does not sync either)
+    map     the file mapped, its header checked strictly against what a manifest promises, every tensor a view
+
+`encode` comes before our write where a trainer publishes: 36,864 tensors scaled, converted and put in order.
+"""
+
+import gc
+import mmap
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.adapters import Size, specs
+from benchmarks.timing import Stopwatch
+from publisher.convert import AdapterSlice
+from publisher.shard import EncodedShard, encode
+from shared.adapter_files import TensorSpec, read_tensors
+
+
+def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
+    """Time both, interleaved, after checking that they read the same values."""
+    expected = size.expected()
+    order = {name: position for position, name in enumerate(expected)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in expected.items()}
+    slices = [AdapterSlice(name, tensor, expected[name], (0, 0)) for name, tensor in tensors.items()]
+    theirs, ours, watch = directory / "theirs.safetensors", directory / "ours.safetensors", Stopwatch()
+    options = {"rank": size.rank, "alpha": size.rank, "encoding": "bf16", "aliases": False}
+    for _ in range(repeats):
+        gc.collect()
+        theirs.unlink(missing_ok=True)
+        with watch("save_file"):
+            save_file(tensors, theirs)
+        with watch("encode"):
+            shard = encode(slices, order, **options)
+        ours.unlink(missing_ok=True)
+        gc.collect()
+        with watch("write"):
+            write(ours, shard)
+        gc.collect()
+        with watch("load_file"):
+            loaded = load_file(theirs)
+        gc.collect()
+        with watch("map"):
+            mapped = map_tensors(ours, specs(expected))
+    for spec, content in mapped:
+        found = torch.frombuffer(bytearray(content), dtype=torch.bfloat16).view(spec.shape)
+        assert torch.equal(found.view(torch.int16), loaded[spec.name].view(torch.int16)), spec.name
+    return watch
+
+
+def write(path: Path, shard: EncodedShard) -> None:
+    """What a store does with a shard's chunks, to a file."""
+    with path.open("xb", buffering=0) as file:
+        for chunk in shard.chunks():
+            rest = chunk
+            while len(rest):
+                rest = rest[file.write(rest) :]
+
+
+def map_tensors(path: Path, promised: list[TensorSpec]) -> list[tuple[TensorSpec, memoryview]]:
+    """Every tensor as a view of the mapped file."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return list(read_tensors(memoryview(mapped), key=str(path), promised=promised))
