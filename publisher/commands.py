@@ -89,13 +89,15 @@ def seconds(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def _catalog(options: argparse.Namespace) -> "Catalog":
+def _catalog(options: argparse.Namespace, *, signs: bool = False) -> "Catalog":
+    """The adapter's catalog. One that `signs` what it reads trusts the signing key, lest it sign another's version."""
     from shared.catalog import Catalog, check_layout
     from shared.signing import load_trust
     from shared.stores import open_store
 
     config = read_store_config(options)
-    catalog = Catalog(open_store(config.url, config.options, config.client), config.adapter, load_trust(config.trust))
+    trust = load_trust(config.trust, config.sign_key if signs else "")
+    catalog = Catalog(open_store(config.url, config.options, config.client), config.adapter, trust)
     check_layout(catalog.store, catalog.layout)
     return catalog
 
@@ -236,7 +238,7 @@ def _rollback(options: argparse.Namespace) -> int:
 
     if options.json and not options.yes:
         raise UsageError("--json asks nothing, so it needs --yes", op="rollback")
-    catalog, key = _catalog(options), read_store_config(options).sign_key
+    catalog, key = _catalog(options, signs=True), read_store_config(options).sign_key
     target = demand_target(catalog, _resolve(catalog, Fates(catalog.store, catalog.layout), options.version))
     if target.signature and not key:
         problem = f"{target.version} is signed, and readers that trust its key would refuse the rollback"

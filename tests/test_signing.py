@@ -228,6 +228,26 @@ def test_every_command_that_reads_versions_refuses_what_no_trusted_key_signed(
     assert lorasync(capsys, "verify", "--all", "--store", store.url, *both)[0] == 0
 
 
+def test_a_rollback_signs_the_new_version_and_signs_nothing_that_its_own_key_did_not_sign_before(
+    store: Store, ours: tuple[Path, Path], theirs: tuple[Path, Path], capsys
+):
+    goes_back = ("rollback", "0001-000000", "--yes", "--store", store.url)
+    code, _, err = lorasync(capsys, *goes_back)
+    assert (code, "Give --sign-key" in err) == (2, True)
+    code, _, err = lorasync(capsys, *goes_back, "--sign-key", str(theirs[0]))
+    assert (code, "Untrusted" in err) == (4, True)
+    genuine = store.get(LAYOUT.manifest(Version(1, 0)))
+    forged = replace(read(store, None, 0), training={"step": 0}, signature=None).sealed()
+    store.put(LAYOUT.manifest(Version(1, 0)), forged.to_bytes())
+    code, _, err = lorasync(capsys, *goes_back, "--sign-key", str(ours[0]))
+    assert (code, "not signed" in err) == (4, True)
+    assert [entry.key for entry in store.list(LAYOUT.epochs)] == [LAYOUT.epoch(1)]  # nobody was fenced
+    store.put(LAYOUT.manifest(Version(1, 0)), genuine)
+    assert lorasync(capsys, *goes_back, "--sign-key", str(ours[0]))[0] == 0
+    assert Catalog(store, synthetic.ADAPTER, load_trust([str(ours[1])])).manifest(Version(2, 0)).signature is not None
+    assert lorasync(capsys, "verify", "--all", "--store", store.url, "--trust", str(ours[1]))[0] == 0
+
+
 def test_the_configuration_names_trusted_keys_too_and_the_flag_wins(
     store: Store, tmp_path: Path, ours: tuple[Path, Path], theirs: tuple[Path, Path], capsys
 ):
