@@ -108,6 +108,7 @@ class Agent:
         self._tries: Counter[Version] = Counter()
         self._loaded: set[Version] = set()
         self._retired = False  # whether the round before unloaded something
+        self._served: Version | None = None  # the last that was routed
         self._at_hand: Version | None = None
         self._failures_in_a_row, self._rest_until = 0, 0.0  # with the version at hand
         self._outage = Outage("agent")
@@ -127,7 +128,7 @@ class Agent:
         self._keep_lease()
         wanted: Version | None = None
         try:
-            wanted = self._watcher.look(without=self.quarantined)
+            wanted = self._wanted()
             if wanted != self._at_hand:  # what another version did is no reason to rest
                 self._at_hand, self._failures_in_a_row, self._rest_until = wanted, 0, 0.0
             action = decide(self._see(wanted))
@@ -146,6 +147,13 @@ class Agent:
             return Action.WAIT
         self._retire()
         return action
+
+    def _wanted(self) -> Version | None:
+        """The newest version that is not quarantined; none below what was served, unless that is."""
+        quarantined, served = self.quarantined, self._served
+        newest = self._watcher.look(without=quarantined)
+        steps_back = newest is not None and served is not None and newest < served
+        return None if steps_back and served not in quarantined else newest
 
     def engine_lost(self) -> None:
         """Tell the agent that the engine is down, from any thread: nobody is routed until it is back and proven."""
@@ -221,6 +229,7 @@ class Agent:
             if self._engine_gone:  # it died while we delivered: the next tick begins anew
                 return
             self._router.route(manifest)
+        self._served = version
         self.health.served_since = served
         log.info("serving version=%s publish_to_served_s=%.3f", version, served - submitted)
         self._on_routed(manifest)

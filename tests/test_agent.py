@@ -17,7 +17,7 @@ from shared import strict_json
 from shared.base_model import identify
 from shared.catalog import Catalog
 from shared.fetch import fetch
-from shared.manifest import Canary
+from shared.manifest import VOID, Canary
 from shared.store import Store
 from shared.stores import open_store
 from shared.versions import Version, served_name
@@ -305,6 +305,21 @@ def test_a_hint_that_names_a_missing_version_does_not_hold_the_node_up(bench: Be
     latest = bench.publish(8)
     bench.agent.tick()
     assert bench.serving == latest
+
+
+def test_a_version_that_expired_while_its_engine_was_down_is_not_followed_by_an_older_one(bench: Bench) -> None:
+    bench.publish(0)
+    latest = bench.publish(1)
+    bench.agent.tick()
+    assert bench.serving == latest
+    bench.store.put(bench.catalog.layout.manifest(latest), VOID)
+    bench.engine.restart()
+    for _ in range(5):
+        bench.agent.tick()
+    assert bench.serving is None, "nothing, rather than weights that the policy has left behind"
+    newer = bench.publish(2)
+    bench.agent.tick()
+    assert bench.serving == newer
 
 
 def test_an_engine_that_dies_during_a_delivery_is_not_routed_to(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
