@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollout.engine import Completion, Engine
 from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
 from shared.errors import Corrupt, UsageError
+from shared.parquet_bounds import Limits, demand_bounded
+
+MAX_FILE_BYTES = 64 << 20
+LIMITS = Limits(footer_bytes=256 << 10, rows=1 << 16, pages=1 << 14, values=1 << 22, column_bytes=MAX_FILE_BYTES)
 
 SCHEMA = pa.schema(
     [
@@ -82,13 +87,36 @@ class Evaluation:
             Corrupt: not such a file.
         """
         try:
-            rows = pq.read_table(io.BytesIO(content), schema=SCHEMA).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
+            demand_bounded(content, SCHEMA.names, LIMITS)
+            texts = [field.name for field in SCHEMA if field.type == pa.string()]
+            table = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts).read(columns=SCHEMA.names)
+            for name in texts:
+                _demand_short(table.column(name))
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+            if any(column.null_count for column in table.columns):
+                raise ValueError("a null")
+            lists = ("greedy_tokens", "sampled_tokens")
+            rows = table.to_pylist()
+            outcomes = tuple(Outcome(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in rows)
+        except (pa.ArrowException, LookupError, OSError, TypeError, ValueError) as error:
             raise Corrupt(f"not an evaluation file: {error}", op="read evaluation", key=key) from error
-        if not rows:
+        if not outcomes:
             raise Corrupt("an evaluation without outcomes", op="read evaluation", key=key)
-        lists = ("greedy_tokens", "sampled_tokens")
-        return cls(tuple(Outcome(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in rows))
+        return cls(outcomes)
+
+
+def _demand_short(column: pa.ChunkedArray) -> None:
+    """Check texts that are still dictionaries, in which a long one may stand for every row.
+
+    Raises:
+        ValueError: MAX_FILE_BYTES would not hold them, written out.
+    """
+    written_out = 0
+    for chunk in column.chunks:
+        lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
+        written_out += pc.sum(lengths).as_py() or 0
+    if written_out > MAX_FILE_BYTES:
+        raise ValueError(f"{written_out} bytes of text in one column")
 
 
 def evaluate(

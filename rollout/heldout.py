@@ -18,7 +18,7 @@ from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
 from shared.catalog import Catalog
 from shared.config import Config
-from shared.errors import EngineError, StoreError
+from shared.errors import Corrupt, EngineError, StoreError
 from shared.manifest import Manifest
 from shared.versions import Version, served_name
 
@@ -128,7 +128,9 @@ class Heldout:
 
     def _exists(self, key: str) -> bool:
         try:
-            self._catalog.store.get(key)
+            self._catalog.store.get_range(key, 0, 1)
+        except Corrupt:  # whatever stands there, ours will not
+            return True
         except StoreError:  # missing, or not to be had now: then the put finds out
             return False
         return True

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rollout.delivery import Delivery
 from rollout.engine import Engine
-from rollout.evaluate import Evaluation, evaluate
+from rollout.evaluate import MAX_FILE_BYTES, Evaluation, evaluate
 from rollout.tasks.prompts import Prompt
 from rollout.tasks.reward import Reward
 from shared.catalog import Catalog
@@ -135,7 +135,7 @@ def _recorded(catalog: Catalog, version: Version, prompts: Sequence[Prompt], see
     folder = catalog.layout.evaluation(version, "x").rsplit("/", 1)[0]
     entries: list[Entry] = catalog.store.list(folder)
     for entry in entries:
-        evaluation = Evaluation.from_parquet(catalog.store.get(entry.key), key=entry.key)
+        evaluation = Evaluation.from_parquet(catalog.store.get(entry.key, MAX_FILE_BYTES), key=entry.key)
         if [(outcome.prompt_id, outcome.seed) for outcome in evaluation.outcomes] == wanted:
             return evaluation
     return None

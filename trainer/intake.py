@@ -24,7 +24,7 @@ from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError, UsageE
 from shared.layout import Layout, groups_of, version_of
 from shared.outage import Outage
 from shared.store import Store, check_key
-from shared.trajectories import Sample, decode
+from shared.trajectories import MAX_FILE_BYTES, Sample, decode
 from shared.versions import Version
 from trainer.lineage import Lineage
 
@@ -186,7 +186,7 @@ class Intake:
         done = {key for key, indexes in self.position.decided.items() if indexes is None}
         for key in sorted(listed - self._files.keys() - done):
             try:
-                samples = decode(self._store.get(check_key(key)), key=key)
+                samples = decode(self._store.get(check_key(key), MAX_FILE_BYTES), key=key)
             except KeyMissing:
                 continue
             except (Corrupt, UsageError) as error:  # a store may list what our keys don't allow: "copy of x.parquet"
