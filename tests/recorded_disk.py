@@ -18,7 +18,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,17 @@ class State:
         return hash((tuple(sorted(self.files.items())), tuple(sorted(self.folders)), len(self.told)))
 
 
+@dataclass
+class _Left:
+    """What is certain after some changes, and what is not."""
+
+    kept: dict[int, bytes] = field(default_factory=dict)
+    tails: dict[int, bytes] = field(default_factory=dict)  # of files, since their last fsync
+    names: dict[int, dict[str, int]] = field(default_factory=dict)
+    pending: dict[int, list[Change]] = field(default_factory=dict)  # of directories, since theirs
+    told: list[Any] = field(default_factory=list)
+
+
 class RecordedDisk:
     """See the module.
 
@@ -99,10 +110,12 @@ class RecordedDisk:
 
         States that are alike are yielded once.
         """
-        seen = set[int]()
+        seen, left = set[int](), _Left()
         for count in range(self.count + 1):
+            if count:
+                self._apply(self._changes[count - 1], left)
             for draw in ("all lost", "none lost", *(f"draw {number}" for number in range(draws))):
-                state = self._state(count, draw, rng)
+                state = self._state(left, count, draw, rng)
                 if hash(state) not in seen:
                     seen.add(hash(state))
                     yield state
@@ -159,33 +172,31 @@ class RecordedDisk:
         del self._nodes[path]
         self._changes.append(Change("unname", self._nodes[parent], name))
 
-    def _state(self, count: int, draw: str, rng: random.Random) -> State:
-        """What is left after `count` changes."""
-        kept: dict[int, bytes] = {}
-        tails: dict[int, bytes] = {}
-        names: dict[int, dict[str, int]] = {}
-        pending: dict[int, list[Change]] = {}
-        told = []
-        for change in self._changes[:count]:
-            node = change.node
-            if change.kind == "tell":
-                told.append(change.told)
-            elif change.kind == "write":
-                tails[node] = tails.get(node, b"") + change.content
-            elif change.kind in ("name", "unname"):
-                pending.setdefault(node, []).append(change)
-            elif node in self._files and "file" in self._keeps:
-                kept[node] = kept.get(node, b"") + tails.pop(node, b"")
-            elif node not in self._files and "directory" in self._keeps:
-                _apply(names.setdefault(node, {}), pending.pop(node, []))
-        for node, tail in sorted(tails.items()):
+    def _apply(self, change: Change, left: "_Left") -> None:
+        node = change.node
+        if change.kind == "tell":
+            left.told.append(change.told)
+        elif change.kind == "write":
+            left.tails[node] = left.tails.get(node, b"") + change.content
+        elif change.kind in ("name", "unname"):
+            left.pending.setdefault(node, []).append(change)
+        elif node in self._files and "file" in self._keeps:
+            left.kept[node] = left.kept.get(node, b"") + left.tails.pop(node, b"")
+        elif node not in self._files and "directory" in self._keeps:
+            _name_all(left.names.setdefault(node, {}), left.pending.pop(node, []))
+
+    def _state(self, left: "_Left", count: int, draw: str, rng: random.Random) -> State:
+        """Draw what survives of what was not synced."""
+        kept, names = dict(left.kept), dict(left.names)
+        for node, tail in sorted(left.tails.items()):
             kept[node] = kept.get(node, b"") + _survivor(tail, draw, rng)
-        for node, changes in sorted(pending.items()):
-            _apply(names.setdefault(node, {}), [change for change in changes if _survives(draw, rng)])
+        for node, changes in sorted(left.pending.items()):
+            names[node] = dict(names.get(node, {}))
+            _name_all(names[node], [change for change in changes if _survives(draw, rng)])
         files: dict[str, bytes] = {}
         folders: list[str] = []
         self._walk(0, "", names, kept, files, folders)
-        return State(files, folders, told, count, draw)
+        return State(files, folders, list(left.told), count, draw)
 
     def _walk(
         self,
@@ -204,7 +215,7 @@ class RecordedDisk:
                 self._walk(node, f"{prefix}{name}/", names, kept, files, folders)
 
 
-def _apply(names: dict[str, int], changes: list[Change]) -> None:
+def _name_all(names: dict[str, int], changes: list[Change]) -> None:
     for change in changes:
         if change.kind == "name":
             names[change.name] = change.target

@@ -7,6 +7,7 @@ disk may be in is made real and read by the real readers: what was acknowledged 
 import hashlib
 import os
 import random
+import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,24 +16,28 @@ from typing import Any
 
 import pytest
 import synthetic
+from memory_folder import memory_folder
 from recorded_disk import KEPT_BY, RecordedDisk, State
 
+from publisher.collect import collect
 from publisher.commit import Rank
 from publisher.convert import convert
 from publisher.epochs import claim_epoch
+from publisher.retention import Rule
 from shared import strict_json
 from shared.catalog import Catalog
 from shared.errors import StoreError
+from shared.fates import Fates
 from shared.fetch import verify
-from shared.layout import Layout
+from shared.layout import Layout, version_of
 from shared.local_store import LocalStore
-from shared.manifest import VOID, Manifest
+from shared.manifest import Manifest
 from shared.versions import Version
 
 PIECE_BYTES = 200  # of a shard, written at a time: as many states of the disk as it has pieces
 SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
-DRAWS = 12  # between all and nothing, after each change
-WRITE_BYTES = 500
+DRAWS = 6  # between all and nothing, after each change
+WRITE_BYTES = 2000
 STORE = "mnt/adapters"  # below the disk's top; made by the code under test
 LAYOUT = Layout(synthetic.ADAPTER)
 
@@ -75,25 +80,37 @@ def top(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.write_base(tmp_path_factory.mktemp("base"))
 
 
 def publish_and_serve(disk: RecordedDisk, store: LocalStore, base: Path) -> None:
-    """A trainer's life of two versions, a node's receipts, and the first version's end."""
+    """A trainer's life of four versions, a node's receipts, a pin, and the collector, who may take the second alone."""
     publisher = synthetic.open_publisher(
         store, base, on_published=lambda done: disk.tell(("published", done.version, b""))
     )
-    for number in range(2):
+    for number in range(4):
         publisher.submit(number, convert(synthetic.BASE, synthetic.factors(number)), training={"step": number})
     publisher.close()
     for number in range(2):
         store.put_if_absent(LAYOUT.receipt(Version(1, number), "node-0"), strict_json.dumps({"version": number}))
-    disk.tell(("collected", Version(1, 0), b""))
-    manifest = Catalog(store, synthetic.ADAPTER).manifest(Version(1, 0))
-    store.put(LAYOUT.manifest(Version(1, 0)), VOID)
-    store.delete(manifest.shards[0].key)
+    Fates(store, LAYOUT).pin(Version(1, 0), "an evaluation")
+    disk.tell(("collecting", Version(1, 1), b""))
+    collect_all(store)
+    assert Catalog(store, synthetic.ADAPTER).versions() == [Version(1, 0), Version(1, 2), Version(1, 3)]
+
+
+def collect_all(store: LocalStore) -> None:
+    """All that may go: what is neither pinned nor of the newest two, and every attempt without a manifest."""
+    rule = Rule(keep_versions=2, orphan_after_s=-1.0)
+    collect(Catalog(store, synthetic.ADAPTER), Fates(store, LAYOUT), rule, sleep=lambda _: None)
 
 
 class Survivors:
@@ -103,12 +120,16 @@ class Survivors:
         self._scratch, self._verified = scratch, set[str]()
         self.count = 0
 
-    def demand(self, state: State) -> LocalStore:
+    def demand(self, state: State) -> None:
         """Check a state.
 
         Raises:
             AssertionError: says what was lost or torn, and after how many changes.
         """
+        shutil.rmtree(self.demanded(state).root.parents[1])
+
+    def demanded(self, state: State) -> LocalStore:
+        """Check a state; the store as it was left."""
         self.count += 1
         where = f"after {state.changes} changes, {state.draw}; replay: LORASYNC_TEST_SEED={SEED} pytest {__file__}"
         folder = self._scratch / str(self.count)
@@ -163,18 +184,18 @@ def recorded_run(top: Path, base: Path, keeps: set[str] = KEPT_BY) -> RecordedDi
 
 
 def test_whenever_the_power_goes_acknowledged_versions_are_whole_and_no_torn_one_is_seen(
-    top: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    top: Path, base: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
 ):
-    disk, survivors = recorded_run(top, base), Survivors(tmp_path)
+    disk, survivors = recorded_run(top, base), Survivors(scratch)
     for state in disk.states(random.Random(SEED), DRAWS):
         survivors.demand(state)
     with capsys.disabled():
         print(f"\npower loss: {disk.count} changes, {survivors.count} different states read, seed {SEED}")
-    assert survivors.count > 500
+    assert survivors.count > 1000
 
 
-def test_ranks_that_write_at_the_same_time_lose_no_more_than_a_lone_one(top: Path, base: Path, tmp_path: Path):
-    disk, survivors = RecordedDisk(top), Survivors(tmp_path)
+def test_ranks_that_write_at_the_same_time_lose_no_more_than_a_lone_one(top: Path, base: Path, scratch: Path):
+    disk, survivors = RecordedDisk(top), Survivors(scratch)
     with disk.recording():
         claim = claim_epoch(Witness(disk, str(top / STORE)), LAYOUT)
 
@@ -198,35 +219,38 @@ def test_ranks_that_write_at_the_same_time_lose_no_more_than_a_lone_one(top: Pat
     assert survivors.count > 300
 
 
-def test_after_a_power_loss_a_new_life_publishes_and_nothing_half_written_stays(top: Path, base: Path, tmp_path: Path):
-    disk, survivors = recorded_run(top, base), Survivors(tmp_path)
+def test_after_a_power_loss_a_new_life_publishes_and_nothing_half_written_stays(top: Path, base: Path, scratch: Path):
+    disk, survivors = recorded_run(top, base), Survivors(scratch)
     states = list(disk.states(random.Random(SEED), DRAWS))
     for state in random.Random(SEED).sample(states, 12):
-        store = survivors.demand(state)
+        store = survivors.demanded(state)
         claim = claim_epoch(store, LAYOUT)
         assert claim.epoch >= max(
             (version.epoch for version in Catalog(store, synthetic.ADAPTER).versions()), default=0
         )
         [manifest] = synthetic.publish(store, base, claim=claim)
         assert Catalog(store, synthetic.ADAPTER).newest() == manifest.version
+        collect_all(store)
+        owners = {version_of(entry.key) for entry in store.list(LAYOUT.data)}
+        assert owners == set(Catalog(store, synthetic.ADAPTER).versions())
         store.sweep(synthetic.ADAPTER, older_than_s=0)
         assert not list(store.root.rglob(".*"))
 
 
 @pytest.mark.parametrize("kept", sorted(KEPT_BY))
-def test_a_disk_that_keeps_only_files_or_only_names_is_caught(top: Path, base: Path, tmp_path: Path, kept: str):
-    disk, survivors = recorded_run(top, base, keeps={kept}), Survivors(tmp_path)
+def test_a_disk_that_keeps_only_files_or_only_names_is_caught(top: Path, base: Path, scratch: Path, kept: str):
+    disk, survivors = recorded_run(top, base, keeps={kept}), Survivors(scratch)
     with pytest.raises(AssertionError, match="replay"):
         for state in disk.states(random.Random(SEED), DRAWS):
             survivors.demand(state)
 
 
 def test_a_directory_that_another_rank_made_and_had_no_time_to_sync_does_not_take_our_shard_with_it(
-    top: Path, tmp_path: Path
+    top: Path, scratch: Path
 ):
     """One rank makes a directory; before it can sync it, the other puts its shard there; then the power goes."""
     keys = [f"policy/data/00000001-000000000000/nonce/rank-{rank:05d}.json" for rank in range(2)]
-    survivors, moments = Survivors(tmp_path), 0
+    survivors, moments = Survivors(scratch), 0
     while True:
         folder = top / str(moments)
         folder.mkdir()
@@ -253,7 +277,7 @@ def test_a_directory_that_another_rank_made_and_had_no_time_to_sync_does_not_tak
     assert moments >= 7  # one for every directory of the way, and the file itself
 
 
-def test_a_commit_repeated_after_an_io_error_is_durable_when_it_says_so(top: Path, tmp_path: Path):
+def test_a_commit_repeated_after_an_io_error_is_durable_when_it_says_so(top: Path, scratch: Path):
     """The name was linked, its fsync failed, the caller tried again: finding it there does not make it durable."""
     disk = RecordedDisk(top)
     store, failed = Witness(disk, str(top / STORE)), False
@@ -270,6 +294,6 @@ def test_a_commit_repeated_after_an_io_error_is_durable_when_it_says_so(top: Pat
             store.put_if_absent("m/1", b"ours")
         assert caught.value.retryable
         assert store.put_if_absent("m/1", b"ours")
-    survivors = Survivors(tmp_path)
+    survivors = Survivors(scratch)
     for state in disk.states(random.Random(SEED), DRAWS):
         survivors.demand(state)
