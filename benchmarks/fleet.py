@@ -230,6 +230,7 @@ class Node:
             max_loras=rollout.max_loras,
             quarantine_after=rollout.quarantine_after,
             clock=self._clock,
+            monotonic=self._clock,
         )
         self._hint_interval_s = rollout.hint_interval_s
         self._hint = NodeHint(catalog, NODE, renew_s=self._hint_interval_s, clock=self._clock)

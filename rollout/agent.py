@@ -99,11 +99,12 @@ class Agent:
         retry_wait_s: float = 1.0,
         on_routed: Callable[[Manifest], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog, self._engine, self._watcher, self._router = catalog, engine, watcher, router
         self._delivery, self._node = delivery, node
         self._max_loras, self._quarantine_after, self._retry_wait_s = max_loras, quarantine_after, retry_wait_s
-        self._on_routed, self._clock = on_routed, clock
+        self._on_routed, self._clock, self._monotonic = on_routed, clock, monotonic
         self.health = Health()
         self._tries: Counter[Version] = Counter()
         self._loaded: set[Version] = set()
@@ -198,7 +199,7 @@ class Agent:
         parsed = (parse_served_name(name) for name in names)
         self._loaded = {found[1] for found in parsed if found and found[0] == self._catalog.layout.adapter}
         has = routed is not None and self._delivery.name(routed) in names
-        rested = self._clock() >= self._rest_until
+        rested = self._monotonic() >= self._rest_until
         return Seen(wanted, routed, True, has, len(self._loaded) < self._max_loras, rested)
 
     def _deliver(self, version: Version) -> None:
@@ -265,7 +266,8 @@ class Agent:
         """
         self.health.failures += 1
         self._failures_in_a_row += 1
-        self._rest_until = self._clock() + min(self._retry_wait_s * 2 ** (self._failures_in_a_row - 1), MAX_REST_S)
+        rest_s = min(self._retry_wait_s * 2 ** (self._failures_in_a_row - 1), MAX_REST_S)
+        self._rest_until = self._monotonic() + rest_s  # a host's clock that is set back would make it longer
         if isinstance(error, KeyMissing) and wanted is not None:
             self._watcher.forget(wanted)
         if isinstance(error, Corrupt | EngineError) and not error.retryable and wanted is not None:

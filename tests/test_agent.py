@@ -1,6 +1,7 @@
 """The agent against an engine that misbehaves: whatever fails, the last good version keeps serving."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ class Bench:
         self.max_lora_rank = max_lora_rank
         self.agent = self.new_agent()
 
-    def new_agent(self, retry_wait_s: float = 0.0) -> Agent:
+    def new_agent(self, retry_wait_s: float = 0.0, **clocks: Callable[[], float]) -> Agent:
         self.router = Router()
         target = Target(BASE_NAME, BASE, identify(self.base), self.max_lora_rank, self.folder / "cache")
         watcher = Watcher(self.catalog, poll_interval_s=0.01, list_interval_s=0.0)
@@ -51,6 +52,7 @@ class Bench:
             max_loras=2,
             quarantine_after=2,
             retry_wait_s=retry_wait_s,
+            **clocks,
         )
 
     def publish(self, number: int, *, canary_off_by: float = 0.0, scale: float = 1.0) -> Version:
@@ -164,6 +166,19 @@ def test_the_rest_after_a_failure_holds_up_no_newer_version(bench: Bench) -> Non
     mended = bench.publish(2)
     bench.agent.tick()
     assert bench.serving == mended
+
+
+def test_a_clock_that_is_set_back_makes_no_rest_longer(bench: Bench) -> None:
+    unix_s, elapsed_s = [1e9], [0.0]
+    bench.agent = bench.new_agent(retry_wait_s=1.0, clock=lambda: unix_s[0], monotonic=lambda: elapsed_s[0])
+    bench.publish(0, canary_off_by=0.01)
+    bench.agent.tick()
+    unix_s[0] -= 600.0
+    bench.agent.tick()
+    assert bench.agent.health.failures == 1, "it rests"
+    elapsed_s[0] += 2.0
+    bench.agent.tick()
+    assert bench.agent.health.failures == 2, "tried again"
 
 
 def test_an_adapter_that_leaks_into_the_base_model_is_not_routed(bench: Bench) -> None:
