@@ -189,6 +189,7 @@ class Node:
             quarantine_after=QUARANTINE_AFTER,
             on_routed=routed,
             clock=actor.clock,
+            monotonic=actor.monotonic,
         )
         self.routed = None
         while True:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Weather:
-    """Probabilities, per call of the store or (kill, stop, take over) per step; zero is off."""
+    """Probabilities, per call of the store or (kill, stop, step clock, take over) per step; zero is off."""
 
     refuse: float = 0.0  # the store answers with an error and does nothing
     lose_reply: float = 0.0  # the store does it; the answer is lost
@@ -18,6 +18,7 @@ class Weather:
     flip: float = 0.0  # a bit of a shard or manifest is flipped on its way to an agent
     kill: float = 0.0
     stop: float = 0.0
+    step_clock: float = 0.0  # a host's clock is set anew, ten minutes off at most
     take_over: float = 0.0  # another life of the trainer begins while the last one is well
     lose_engine: float = 0.0  # an agent's engine is restarted and forgets its adapters
 
@@ -39,6 +40,7 @@ WORST = {
     "flip": 0.04,
     "kill": 0.006,
     "stop": 0.02,
+    "step_clock": 0.02,
     "take_over": 0.003,
     "lose_engine": 0.05,
 }

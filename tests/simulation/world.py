@@ -71,6 +71,8 @@ class World:
             if self.stage.happens(weather.stop):
                 longest_s = self.stage.rng.choice((MAX_STOP_S / 10, MAX_STOP_S))
                 scheduler.stop(self.stage.rng.choice(scheduler.actors), self.stage.rng.random() * longest_s)
+            if self.stage.happens(weather.step_clock):
+                self.stage.rng.choice(scheduler.actors).skew_s = self.stage.skew_s()
             if self.stage.happens(weather.take_over):
                 self.job.begin()
             scheduler.step()
