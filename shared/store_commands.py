@@ -5,12 +5,12 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.arguments import add_config_arguments, add_trust_argument, read_store_config
-from shared.errors import Corrupt, KeyMissing, StoreError, Untrusted, UsageError
+from shared.errors import Corrupt, KeyMissing, Untrusted, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,22 +228,11 @@ def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[s
     return {"bytes": manifest.size, "tensors": len(expected)}
 
 
-@contextlib.contextmanager
-def _held(catalog: "Catalog", version: "Version", reader: str) -> Iterator[None]:
-    """Keep a version from being collected while it is read. Who may only read does without, and is told."""
+def _held(catalog: "Catalog", version: "Version", reader: str) -> contextlib.AbstractContextManager[None]:
+    """Keep a version from being collected while it is read."""
     from shared.leases import Lease
 
-    lease = Lease(catalog.store, catalog.layout, reader)
-    try:
-        lease.take({version})
-    except StoreError as error:
-        print(f"lorasync: reading without a lease: {error}", file=sys.stderr)
-    try:
-        with lease.kept():
-            yield
-    finally:
-        with contextlib.suppress(StoreError):  # it lapses
-            lease.release()
+    return Lease(catalog.store, catalog.layout, reader).holding({version})
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
