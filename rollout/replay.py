@@ -142,7 +142,7 @@ def _recorded(catalog: Catalog, version: Version, prompts: Sequence[Prompt], see
 
 
 def _bound(text: str) -> Version | int:
-    return int(text) if text.isdigit() else Version.parse(text)
+    return int(text) if text.isdecimal() else Version.parse(text)
 
 
 def _at_least(version: Version, bound: Version | int) -> bool:

@@ -141,7 +141,7 @@ class Layout:
 def groups_of(key: str) -> int:
     """The number of groups that a trajectory file's key promises; 0 for a key of another form."""
     digits = key.removesuffix(".parquet").rpartition("-g")[2]
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
 
 
 def stem(version: Version) -> str:

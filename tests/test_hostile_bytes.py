@@ -37,7 +37,7 @@ from shared.catalog import Catalog
 from shared.coverage import demand_complete
 from shared.errors import MAX_MESSAGE_LENGTH, Corrupt, LorasyncError, StoreError
 from shared.fetch import CONFIG, DIGEST, MANIFEST, WEIGHTS, fetch, verify
-from shared.layout import Layout
+from shared.layout import Layout, groups_of
 from shared.local_store import LocalStore
 from shared.manifest import Manifest
 from shared.partial import partial_directory
@@ -570,3 +570,8 @@ def test_every_error_that_a_reader_meets_is_of_our_tree():
     assert "Untrusted" in names and len(names) == len(set(names))
     for name in names:
         assert issubclass(getattr(sys.modules[LorasyncError.__module__], name), LorasyncError)
+
+
+@pytest.mark.parametrize("digits", ["\N{SUPERSCRIPT TWO}", "", "-1", "1e3", "x", "1" * 200])
+def test_a_listed_name_that_promises_no_number_of_groups_promises_none(digits: str):
+    assert groups_of(f"policy/trajectories/0-0/node-life-000001-g{digits}.parquet") in (0, int("1" * 200))
