@@ -7,11 +7,13 @@ manifest says. That stays right when a restarted trainer goes back to a checkpoi
 too stale are not counted as existing.
 
 What exists is known from listings: every few seconds of the newest versions' trajectories, and once a minute of all,
-which grow with the run: files of versions that nobody serves any more come late if at all. A node's own files are
-counted as they are put. So a lone node's count is always exact, and in a fleet each node learns a little late what the
-others put, as it does of what they have running.
+which grow with the run: files of versions that nobody serves any more come late if at all. The more files a listing
+shows, the longer the next one waits, so that what a fleet asks grows with its size and not with its square. A node's
+own files are counted as they are put. So a lone node's count is always exact, and in a fleet each node learns a little
+late what the others put, as it does of what they have running.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
@@ -27,6 +29,7 @@ from shared.store import Store
 LIST_EVERY_S = 2.0
 LIST_ALL_EVERY_S = 60.0
 OPEN_VERSIONS = 8  # the newest that have trajectories: others get more seldom if ever
+PAGE = 1000  # keys that one request to an object store lists; each is followed by `list_every_s`
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class ProducedGroups:
     """Counts the groups that any node ever put. May be used from any thread.
 
     Args:
-        list_every_s: how late another node's files may be counted; those of older versions, LIST_ALL_EVERY_S.
+        list_every_s: how late another node's files may be counted, for each PAGE of them; those of older versions,
+            LIST_ALL_EVERY_S at least.
     """
 
     def __init__(
@@ -80,8 +84,7 @@ class ProducedGroups:
         self._lock = threading.Lock()
         self._closed, self._after = 0, ""  # groups in files before this key, by the last listing of all
         self._open = 0  # groups in files after it, by the last listing
-        self._listed_at: float | None = None
-        self._listed_all_at: float | None = None
+        self._list_at = self._list_all_at = clock()
         self._own: set[str] = set()  # keys that no listing showed
 
     def add(self, key: str) -> None:
@@ -96,18 +99,24 @@ class ProducedGroups:
             StoreError: the listing failed; the next call lists again.
         """
         now = self._clock()
-        if self._listed_at is None or now - self._listed_at >= self._list_every_s:
-            is_due = self._listed_all_at is None or now - self._listed_all_at >= LIST_ALL_EVERY_S
+        if now >= self._list_at:
+            is_due = now >= self._list_all_at
             after = "" if is_due else self._after
             keys = {entry.key for entry in self._store.list(self._layout.all_trajectories, after)}
             with self._lock:
                 if is_due:
-                    self._after, self._listed_all_at = self._oldest_open(keys), now
+                    self._after = self._oldest_open(keys)
                     self._closed = sum(groups_of(key) for key in keys if key <= self._after)
-                self._open, self._listed_at = sum(groups_of(key) for key in keys if key > self._after), now
+                    self._list_all_at = now + max(LIST_ALL_EVERY_S, self._pause_s(len(keys)))
+                newest = [key for key in keys if key > self._after]
+                self._open, self._list_at = sum(map(groups_of, newest)), now + self._pause_s(len(newest))
                 self._own -= keys
         with self._lock:
             return self._closed + self._open + sum(map(groups_of, self._own))
+
+    def _pause_s(self, keys: int) -> float:
+        """How long to wait after a listing of so many keys."""
+        return self._list_every_s * max(1, math.ceil(keys / PAGE))
 
     def _oldest_open(self, keys: Set[str]) -> str:
         """The key after which the files of the newest OPEN_VERSIONS lie."""
