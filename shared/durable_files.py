@@ -39,7 +39,7 @@ class Directories:
         try:
             sync_directory(path.parent)
         except OSError:
-            if made or path == self._root or path.is_relative_to(self._root):
+            if made or path.parent.is_relative_to(self._root):
                 raise  # above the root stand other people's directories, not all of which may be opened
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()

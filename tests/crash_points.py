@@ -44,6 +44,7 @@ from publisher.commit import Rank
 from publisher.convert import AdapterSlice, convert
 from publisher.epochs import Claim, claim_epoch
 from publisher.retention import Rule
+from publisher.rollback import roll_back
 from rollout.agent import Agent
 from rollout.delivery import Delivery, Target
 from rollout.router import Router
@@ -289,11 +290,17 @@ def collect_garbage(url: str) -> None:
     collect(Catalog(store, synthetic.ADAPTER), Fates(store, LAYOUT), rule, sleep=lambda _: None)
 
 
+def go_back(url: str, version: list[int]) -> None:
+    """A rollback."""
+    roll_back(Catalog(LocalStore(url), synthetic.ADAPTER), Version(*version))
+
+
 ACTS: dict[str, Callable[..., int | None]] = {
     "publish": publish,
     "download": download,
     "activate": activate,
     "collect": collect_garbage,
+    "rollback": go_back,
     "lorasync": light_commands.main,
 }
 SLICES: dict[tuple[int, int, int], list[AdapterSlice]] = {}

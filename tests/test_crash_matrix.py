@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import synthetic
-from crash_points import LAYOUT, NODE, RECORD, End, Life, Nursery, activate, collect_garbage
+from crash_points import LAYOUT, NODE, RECORD, End, Life, Nursery, activate, collect_garbage, go_back
 from memory_folder import memory_folder
 
 from publisher.epochs import Claim, claim_epoch
@@ -269,6 +269,36 @@ def test_a_collector_killed_at_any_change_deletes_nothing_in_use_and_is_finished
     changes = unharmed(nursery, [collecting(bench.copy("none"))])
     each(kill, changes)
     told(capsys, "gc", changes)
+
+
+def test_a_rollback_killed_at_any_change_is_done_or_not_and_the_same_command_does_it_after_all(
+    nursery: Nursery, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    bench = Bench.made(folder, 4)
+
+    def going_back(place: Path, kill_at: int | None = None) -> Life:
+        return Life("rollback", {"url": str(place / "store"), "version": list(FIRST)}, kill_at)
+
+    def kill(at: int) -> None:
+        place = bench.copy(at)
+        store = LocalStore(str(place / "store"))
+        catalog = Catalog(store, synthetic.ADAPTER)
+        [end] = nursery.run([going_back(place, at)])
+        demand_killed(end, at)
+        before = demand_readable(store)
+        assert before[:4] == [Version(1, number) for number in range(4)], at
+        assert before[4:] in ([], [Version(2, 0)]), at
+        go_back(str(store.root), list(FIRST))
+        for _ in range(2):  # before and after a collector that would have let the first version go
+            newest = demand_readable(store)[-1]
+            assert newest.number == 0 and newest.epoch > 1, at
+            assert catalog.manifest(newest).shards == catalog.manifest(FIRST).shards, at
+            collect_garbage(str(store.root))
+        shutil.rmtree(place)
+
+    changes = unharmed(nursery, [going_back(bench.copy("none"))])
+    each(kill, changes)
+    told(capsys, "rollback", changes)
 
 
 def same(one: Path, other: Path) -> bool:
