@@ -29,7 +29,7 @@ class Rule:
     keep_versions: int = 0
     max_staleness: int = 0
     keep_younger_s: float = 0.0
-    orphan_after_s: float = 3600.0
+    orphan_after_s: float = 86400.0
 
     @property
     def newest(self) -> int:

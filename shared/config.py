@@ -177,7 +177,7 @@ class RetentionConfig:
 
     keep_versions: int = _at_least(0, 0)
     keep_younger_s: float = _at_least(0, 0.0)
-    orphan_after_s: float = _above(0, 3600.0)
+    orphan_after_s: float = _above(0, 86400.0)
     interval_s: float = _above(0, 60.0)
     grace_s: float = _at_least(0, 10.0)
     keep_checkpoints: int = _at_least(1, 2)
