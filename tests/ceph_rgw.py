@@ -25,13 +25,14 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
 ACCESS_KEY, SECRET_KEY = "lorasync", "lorasync-secret-key"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
+MAX_REVIVALS = 5
 GIB = 1 << 30
 
 CONFIG = """\
@@ -45,6 +46,8 @@ auth service required = none
 auth client required = none
 ms bind msgr2 = false
 mon allow pool size one = true
+paxos propose interval = 0.05
+paxos min wait = 0.01
 mon data avail crit = 1
 mon data avail warn = 2
 osd pool default size = 1
@@ -164,6 +167,7 @@ class _Cluster:
     def __init__(self, root: Path, osd_bytes: int) -> None:
         self._root, self._rgw_port = root, _free_port()
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._revivals = 0
         for name in ("mon", "osd", "run", "log"):
             (root / name).mkdir()
         self._fsid = str(uuid.uuid4())
@@ -221,31 +225,43 @@ class _Cluster:
                 daemon.wait()
 
     def _run(self, program: str, *words: str) -> None:
-        command = self._command(program, words)
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=START_TIMEOUT_S, env=_environment()
-            )
-        except subprocess.TimeoutExpired:
-            raise CephFailed(
-                f"{' '.join(command)}: no end after {START_TIMEOUT_S:.0f} s; {self._last_words()}"
-            ) from None
-        if done.returncode != 0:
-            raise CephFailed(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout.decode()[-2000:]}")
+        """Run a program to its end, keeping the daemons that it needs alive."""
+        command, deadline = self._command(program, words), time.monotonic() + START_TIMEOUT_S
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment())
+        while True:
+            try:
+                told = process.communicate(timeout=POLL_S)[0].decode()
+                break
+            except subprocess.TimeoutExpired:
+                self._revive()
+                if time.monotonic() > deadline:
+                    process.kill()
+                    process.communicate()
+                    problem = f"{' '.join(command)}: no end after {START_TIMEOUT_S:.0f} s"
+                    raise CephFailed(f"{problem}; {self._last_words()}") from None
+        if process.returncode != 0:
+            raise CephFailed(f"{' '.join(command)}: exit code {process.returncode}\n{told[-2000:]}")
 
     def _daemon(self, program: str, *words: str) -> None:
+        self._daemons.append(self._spawn(self._command(program, ("-f", *words))))
+
+    def _spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a daemon in the foreground; the kernel ends it when the thread that started it ends."""
-        log = (self._root / "log" / f"{program}.out").open("wb")
-        with log:
-            self._daemons.append(
-                subprocess.Popen(
-                    self._command(program, ("-f", *words)),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(),
-                    preexec_fn=_end_with_parent,
-                )
+        with (self._root / "log" / f"{Path(command[0]).name}.out").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                preexec_fn=_end_with_parent,
             )
+
+    def _revive(self) -> None:
+        """Start again what ended: an OSD that asks before it has the monitor's map is told "wrong fsid" and ends."""
+        for place, daemon in enumerate(self._daemons):
+            if daemon.poll() is not None and self._revivals < MAX_REVIVALS:
+                self._revivals += 1
+                self._daemons[place] = self._spawn(cast(Sequence[str], daemon.args))
 
     def _command(self, program: str, words: Sequence[str]) -> list[str]:
         found = shutil.which(program, path=_path())
