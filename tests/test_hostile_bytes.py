@@ -572,6 +572,6 @@ def test_every_error_that_a_reader_meets_is_of_our_tree():
         assert issubclass(getattr(sys.modules[LorasyncError.__module__], name), LorasyncError)
 
 
-@pytest.mark.parametrize("digits", ["\N{SUPERSCRIPT TWO}", "", "-1", "1e3", "x", "1" * 200])
+@pytest.mark.parametrize("digits", ["\N{SUPERSCRIPT TWO}", "", "-1", "1e3", "x"])
 def test_a_listed_name_that_promises_no_number_of_groups_promises_none(digits: str):
-    assert groups_of(f"policy/trajectories/0-0/node-life-000001-g{digits}.parquet") in (0, int("1" * 200))
+    assert groups_of(f"policy/trajectories/0-0/node-life-000001-g{digits}.parquet") == 0
