@@ -2,6 +2,7 @@
 
 import http.client
 import itertools
+import random
 import threading
 import time
 from collections import Counter
@@ -210,6 +211,53 @@ def test_what_the_caller_will_not_have_is_passed_over_without_a_listing_each_tim
     assert bench.cost() == {"get": 20, "list": 1}, "listed once: until then only the hint's version was known"
     assert bench.watcher.look(without={V(1, 0), V(1, 1), V(1, 2)}) is None
     assert "list" not in bench.cost()
+
+
+def test_whatever_happened_to_hints_and_manifests_a_reader_comes_to_the_newest_that_can_be_read(bench: Bench) -> None:
+    """Commits, lost and replayed and lying hints, voids, in any order; `run(seed)` alone replays one."""
+
+    def read() -> Version | None:
+        version = bench.watcher.look()
+        if version in real:
+            return version
+        if version is not None:
+            bench.watcher.forget(version)
+        return None
+
+    def run(seed: int) -> None:
+        rng = random.Random(seed)
+        for number in range(30):
+            step = rng.choice(("publish", "publish", "commit", "replay", "lie", "void", "poll", "poll", "poll"))
+            if step in ("publish", "commit"):
+                real.append(V(1, number))
+                bench.commit(real[-1])
+            if step == "publish":
+                bench.hint(real[-1])
+            elif step == "replay" and real:
+                bench.hint(rng.choice(real))
+            elif step == "lie":
+                bench.hint(V(1, number))
+            elif step == "void" and len(real) > 1:
+                bench.void(real.pop(rng.randrange(len(real))))
+            elif step == "poll":
+                read()
+                bench.now += POLL_S
+        bench.cost()
+        told = []
+        for _ in range(int(3 * MAX_BACK_OFF * LIST_S)):
+            told.append(read())
+            bench.now += POLL_S
+        settled = len(told) - told[::-1].index(None) if None in told else 0
+        assert told[-1] == (real[-1] if real else None), f"seed {seed}"
+        assert not real or settled <= MAX_BACK_OFF * LIST_S, f"seed {seed}: not settled after {settled} polls"
+        assert bench.cost().get("list", 0) <= 16, f"seed {seed}"
+
+    for seed in range(20):
+        real: list[Version] = []
+        bench.store.root = bench.store.root.parent / f"{seed}"
+        bench.watcher.close()
+        bench.watcher = bench.new_watcher()
+        run(seed)
 
 
 def test_nothing_published_yet_is_none_until_something_is(bench: Bench) -> None:
