@@ -25,6 +25,7 @@ from shared import strict_json, tensor_table
 from shared.base_model import BaseIdentity
 from shared.catalog import Catalog
 from shared.coverage import demand_complete
+from shared.cycles import collection_paused
 from shared.errors import Corrupt, Fenced, KeyMissing, StoreError, UsageError
 from shared.layout import Layout
 from shared.manifest import (
@@ -103,6 +104,7 @@ def put_shard(store: Store, layout: Layout, claim: Claim, heading: Heading, rank
     store.put(_record(layout, claim, heading.version, rank.index), strict_json.join(fields))
 
 
+@collection_paused()
 def _table(shard: EncodedShard, number: int) -> dict[str, Tensor]:
     """A rank's part of the manifest's table of tensors."""
     tensors: dict[str, Tensor] = {}
@@ -119,6 +121,7 @@ def missing_ranks(store: Store, layout: Layout, claim: Claim, version: Version, 
     return [rank for rank in range(world) if _record(layout, claim, version, rank) not in there]
 
 
+@collection_paused()
 def read_records(
     store: Store, layout: Layout, claim: Claim, version: Version, world: int
 ) -> list[dict[str, Any]] | None:
@@ -129,6 +132,7 @@ def read_records(
     return [strict_json.load_object(store.get(key), key=key, max_bytes=MAX_MANIFEST_BYTES) for key in keys]
 
 
+@collection_paused()
 def build_manifest(heading: Heading, records: Sequence[Mapping[str, Any]]) -> Manifest:
     """The manifest that these records, in rank order, make: a pure function.
 

@@ -13,6 +13,7 @@ import torch
 
 from publisher.convert import AdapterSlice
 from shared.adapter_files import TensorSpec, demand_finite, header_bytes, not_finite_at
+from shared.cycles import collection_paused
 from shared.errors import Corrupt
 
 ENCODINGS = {"bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
@@ -44,6 +45,7 @@ class EncodedShard:
     content: memoryview
     aliases: Mapping[str, str]
 
+    @collection_paused()
     def chunks(self) -> tuple[memoryview, memoryview]:
         """The file: header and data."""
         return memoryview(header_bytes(self.specs())), self.content

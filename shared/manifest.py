@@ -17,6 +17,7 @@ from typing import Any
 
 from shared import strict_json, tensor_table
 from shared.base_model import BaseIdentity
+from shared.cycles import collection_paused
 from shared.errors import Corrupt, LorasyncError
 from shared.layout import LAYOUT
 from shared.store import check_key
@@ -114,6 +115,7 @@ class Manifest:
         """Bytes on the store."""
         return sum(shard.size for shard in self.shards)
 
+    @collection_paused()
     def _fields(self) -> dict[str, bytes]:
         """Every field's canonical JSON, but for the digest."""
         epoch, number = self.version
@@ -138,6 +140,7 @@ class Manifest:
         return {**fields, "tensors": tensor_table.to_bytes(self.tensors)}
 
     @classmethod
+    @collection_paused()
     def parse(cls, content: bytes, *, key: str) -> "Manifest":
         """Read and check a manifest.
 

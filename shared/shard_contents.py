@@ -18,6 +18,7 @@ from shared.adapter_files import (
     parse_header,
     place,
 )
+from shared.cycles import collection_paused
 from shared.errors import Corrupt
 from shared.manifest import Manifest, Shard
 from shared.store import Store
@@ -52,6 +53,7 @@ class ShardContents:
         self.as_promised = shard.size == data_end  # and the header is the one that was given, once all was seen
 
     @classmethod
+    @collection_paused()
     def promised(cls, shard: Shard, specs: Sequence[TensorSpec]) -> "ShardContents":
         """Of a shard that should hold these tensors in this order."""
         header = header_bytes(specs)
@@ -82,6 +84,7 @@ class ShardContents:
             raise Corrupt(f"NaN or infinity in tensor {name}", op="check values", key=self._shard.key)
 
 
+@collection_paused()
 def promised_tensors(manifest: Manifest, expected: Mapping[str, Shape]) -> list[list[TensorSpec]]:
     """What every shard of a complete version should hold, in wire order.
 

@@ -62,20 +62,24 @@ def from_json(body: Mapping[str, Any], shards: int) -> dict[str, Tensor]:
     Raises:
         LookupError, TypeError, ValueError: not of that form.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[tuple[int, int], tuple[int, int]] = {}  # a handful, each made once
     for name, entry in body.items():
         dtype, (rows, columns) = entry["dtype"], entry["shape"]
         if dtype not in ITEM_BYTES:
             raise ValueError(f"dtype {dtype!r} of {name}")
         shape = count(rows), count(columns)
-        if "slices" not in entry:
-            slices: tuple[Slice, ...] = (Slice(count(entry["shard"]), name, _WHOLE, shape),)
-        else:
+        shape = shapes.setdefault(shape, shape)
+        if "slices" in entry:
             slices = tuple(
                 Slice(count(s["shard"]), text(s["name"]), _pair(s["offset"]), _pair(s["shape"]))
                 for s in entry["slices"]
             )
-        if any(slice_.shard >= shards for slice_ in slices):
+            last = max((slice_.shard for slice_ in slices), default=0)
+        else:
+            last = count(entry["shard"])
+            slices = (Slice(last, name, _WHOLE, shape),)
+        if last >= shards:
             raise ValueError(f"{name} lies in a shard that is not listed")
         tensors[name] = Tensor(dtype, shape, slices)
     return tensors
