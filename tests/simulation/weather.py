@@ -25,11 +25,12 @@ class Weather:
     @classmethod
     def of(cls, rng: random.Random) -> "Weather":
         """Draw a seed's weather."""
-        return cls(**{kind: rng.choice((0.0, 0.0, 0.3, 1.0)) * WORST[kind] for kind in KINDS})
+        return cls(**{kind: rng.choices(*SEVERITIES)[0] * BAD[kind] for kind in KINDS})
 
 
 KINDS = [field.name for field in fields(Weather)]
-WORST = {
+SEVERITIES = (0.0, 0.3, 1.0, 5.0), (50, 25, 23, 2)  # times BAD, and how often
+BAD = {
     "refuse": 0.1,
     "lose_reply": 0.1,
     "late": 0.04,
