@@ -37,7 +37,7 @@ from shared.local_store import LocalStore
 from shared.stores import open_store
 
 OUT = Path(__file__).parent / "out" / "store.json"
-QUICK_REPEATS = 3
+QUICK_REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main() -> None:
     many = MANY_TENSORS
     if options.quick:
         sizes = s3_sizes = [replace(SIZES["16MB"], repeats=QUICK_REPEATS)]
-        many = replace(many, repeats=1)
+        many = replace(many, layers=6, repeats=1)
     options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="bench-store-") as name:
         folder = Path(name)

@@ -59,13 +59,18 @@ class Digests:
         return tuple(made.result() for made in self._made)
 
 
-def work_through(items: Iterable[int], work: Callable[[int, threading.Event], None], threads: int) -> None:
-    """Call `work(item, over)` for every item, in order of beginning, a few at once.
+def work_through(items: Sequence[int], work: Callable[[int, threading.Event], None], threads: int) -> None:
+    """Call `work(item, over)` for every item, in order of beginning, a few at once; a single item in this thread.
 
     The first error is raised at once; what is under way then ends unheard, and should look at `over` before it leaves a
     trace.
     """
     pending, turn, over = iter(items), threading.Lock(), threading.Event()
+    threads = min(threads, len(items))
+    if threads == 1:
+        for item in items:
+            work(item, over)
+        return
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:

@@ -326,7 +326,6 @@ def fetch_until_killed(url: str, out: str, number: str) -> None:
     shard = manifest.shards[0]
     resealed = with_shard(manifest, shard_of(store.get(shard.key), shard.key))
     store.before = die
-    transfer.THREADS = 1
     get(store, resealed, Path(out))
 
 
