@@ -1,6 +1,6 @@
 """Bytes that are nearly right, for each target: what hypothesis draws, and running it for a number of seconds.
 
-python -m tests.fuzz.properties TARGET SECONDS SEED
+python -m tests.fuzz.properties TARGET SECONDS SEED FILE    the file: for an input that fails
 """
 
 import json
@@ -117,17 +117,23 @@ def inputs(target: str) -> st.SearchStrategy[bytes]:
     )
 
 
-def run(target: str, examples: int, profile: settings, number: int | None = None) -> None:
+def run(target: str, examples: int, profile: settings, number: int | None = None, failing: Path | None = None) -> None:
     """Hold a target against so many inputs.
 
     Args:
         number: a seed; None: the profile's own way, which is derandomized in the tests.
+        failing: where an input that fails is written; the last one is the smallest.
     """
 
     @settings(profile, max_examples=examples)
     @given(inputs(target))
     def check(content: bytes) -> None:
-        TARGETS[target](content)
+        try:
+            TARGETS[target](content)
+        except BaseException:
+            if failing is not None:
+                failing.write_bytes(content)
+            raise
 
     (seed(number)(check) if number is not None else check)()
 
@@ -137,19 +143,19 @@ PROFILE = settings(
 )
 
 
-def main(target: str, seconds: float, first_seed: int) -> None:
+def main(target: str, seconds: float, first_seed: int, failing: Path) -> None:
     """Run until the time is up; prints how many inputs there were and, before it fails, the seed."""
     profile = settings(PROFILE, derandomize=False, phases=[Phase.generate, Phase.shrink])
     until, done, number = time.monotonic() + seconds, 0, first_seed
     while time.monotonic() < until:
         try:
-            run(target, EXAMPLES_AT_ONCE, profile, number)
+            run(target, EXAMPLES_AT_ONCE, profile, number, failing)
         except BaseException:
-            print(f"{target}: hypothesis failed with seed {number}", flush=True)
+            print(f"{target}: hypothesis failed with seed {number}, input in {failing}", flush=True)
             raise
         done, number = done + EXAMPLES_AT_ONCE, number + 1
     print(f"{target}: hypothesis {done} inputs, seeds {first_seed}..{number - 1}, no fault", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
