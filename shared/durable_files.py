@@ -22,6 +22,7 @@ class Directories:
 
     One that stands there may have been made a moment ago by another process, which has yet to sync it, or died before
     it could. So whoever meets a directory for the first time syncs its parent, no matter who made it.
+    Does not: notice that one it knows was swept and made again by another process, which syncs it then.
     """
 
     def __init__(self, root: Path) -> None:

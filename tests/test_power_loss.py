@@ -35,7 +35,7 @@ from shared.manifest import Manifest
 from shared.versions import Version
 
 PIECE_BYTES = 200  # of a shard, written at a time: as many states of the disk as it has pieces
-SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
+SEED = int(os.environ.get("DISK_SEED", "20261123"))
 DRAWS = 6  # between all and nothing, after each change
 WRITE_BYTES = 2000
 STORE = "mnt/adapters"  # below the disk's top; made by the code under test
@@ -131,7 +131,7 @@ class Survivors:
     def demanded(self, state: State) -> LocalStore:
         """Check a state; the store as it was left."""
         self.count += 1
-        where = f"after {state.changes} changes, {state.draw}; replay: LORASYNC_TEST_SEED={SEED} pytest {__file__}"
+        where = f"after {state.changes} changes, {state.draw}; replay: DISK_SEED={SEED} pytest {__file__}"
         folder = self._scratch / str(self.count)
         folder.mkdir()
         state.write_to(folder)

@@ -1,4 +1,4 @@
-"""Every system call of the local store fails once, in every operation and in a whole publication.
+"""Every system call of the local store fails once: in every operation, in a whole publication, in a whole download.
 
 Each fault is tried twice: instead of the call, and after it (its effect happened, its answer is an error: what a file
 server does). Only our errors come out, they say what to do and whether it may pass, no half object is seen, nothing
@@ -31,7 +31,8 @@ from shared.fetch import fetch, verify
 from shared.local_store import LocalStore
 from shared.versions import Version
 
-SEED = int(os.environ.get("LORASYNC_TEST_SEED", "20261123"))
+SEED = int(os.environ.get("DISK_SEED", "20261123"))
+REPLAY = f"replay: DISK_SEED={SEED} pytest {__file__}"
 PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EINTR, errno.EMFILE)
 LASTING = (errno.EROFS, errno.EACCES)
 CALLS = (*CHANGING, *SYNCING, *READING)
@@ -76,7 +77,7 @@ class Fault:
 
     def __str__(self) -> str:
         when = "after" if self.after else "instead of"
-        return f"{errno.errorcode[self.number]} {when} os.{self.failed}, call {self.at}, seed {SEED}"
+        return f"{errno.errorcode[self.number]} {when} os.{self.failed}, call {self.at}; {REPLAY}"
 
 
 @dataclass(frozen=True)
@@ -157,21 +158,21 @@ def test_a_fault_at_any_call_of_an_operation_is_told_leaves_nothing_and_may_be_t
         store = fresh()
         try:
             with fault.injected():
-                assert operation.run(store) == operation.answer, fault
+                assert operation.run(store) == operation.answer, f"{fault}"
         except StoreError as error:
-            assert error.op and error.key and error.hint, (fault, error)
-            assert error.retryable == (fault.number in PASSING), (fault, error)
+            assert error.op and error.key and error.hint, f"{fault}: {error!r}"
+            assert error.retryable == (fault.number in PASSING), f"{fault}: {error!r}"
         except BaseException as error:
             raise AssertionError(f"{fault}: {error!r} came out") from error
-        assert held(store, "a/1") in (OLD, operation.after), fault
-        assert held(store, "a/2") == BIG, fault
+        assert held(store, "a/1") in (OLD, operation.after), f"{fault}"
+        assert held(store, "a/2") == BIG, f"{fault}"
         if name != "sweep" and fault.failed not in CLEANUP:
-            assert not hidden(store), fault
-        assert operation.run(store) == operation.answer, fault  # the same call, a moment later
-        assert held(store, "a/1") == operation.after, fault
+            assert not hidden(store), f"{fault}"
+        assert operation.run(store) == operation.answer, f"{fault}"  # the same call, a moment later
+        assert held(store, "a/1") == operation.after, f"{fault}"
         store.sweep("a", older_than_s=0)
         store.sweep("b", older_than_s=0)
-        assert not hidden(store), fault
+        assert not hidden(store), f"{fault}"
         shutil.rmtree(store.root)
 
 
@@ -186,9 +187,9 @@ def test_calls_that_take_or_give_less_than_asked_for_change_no_result(name: str,
         return pread(args[0], min(args[1], rng.randint(1, 5000)), args[2])
 
     with intercepted(("write", "pread"), short):
-        assert OPERATIONS[name].run(store) == OPERATIONS[name].answer, f"seed {SEED}"
-        assert store.get("a/2") == BIG, f"seed {SEED}"
-        assert store.get_range("a/2", 100, 70_000) == BIG[100:70_000], f"seed {SEED}"
+        assert OPERATIONS[name].run(store) == OPERATIONS[name].answer, REPLAY
+        assert store.get("a/2") == BIG, REPLAY
+        assert store.get_range("a/2", 100, 70_000) == BIG[100:70_000], REPLAY
     assert held(store, "a/1") == OPERATIONS[name].after
 
 
@@ -232,15 +233,15 @@ def test_a_publication_outlasts_a_passing_fault_at_any_call_and_ends_at_a_lastin
         try:
             publish_one(store, base, fault)
         except LorasyncError as error:
-            assert isinstance(error, StoreError) and not error.retryable and error.hint, (fault, error)
-            assert fault.number == errno.EROFS, (fault, error)
+            assert isinstance(error, StoreError) and not error.retryable and error.hint, f"{fault}: {error!r}"
+            assert fault.number == errno.EROFS, f"{fault}: {error!r}"
         else:
             demand_whole(store, Version(2, 0), folder / f"scratch-{at}", fault)
         writes_seen += fault.failed == "write"
         there = Catalog(store, synthetic.ADAPTER).versions()
-        assert Version(1, 0) in there, fault
+        assert Version(1, 0) in there, f"{fault}"
         if fault.failed not in CLEANUP:
-            assert not hidden(store), fault
+            assert not hidden(store), f"{fault}"
         if fault.number == errno.EROFS:
             synthetic.publish(store, base)
             demand_whole(store, Version(3, 0), folder / f"again-{at}", fault)
@@ -267,15 +268,15 @@ def test_a_download_that_fails_at_any_call_is_whole_or_not_there_and_the_next_on
         try:
             download(out, fault)
         except StoreError as error:
-            assert error.op and error.key and error.hint, (fault, error)
-            assert error.retryable == (fault.number in PASSING), (fault, error)
+            assert error.op and error.key and error.hint, f"{fault}: {error!r}"
+            assert error.retryable == (fault.number in PASSING), f"{fault}: {error!r}"
         except BaseException as error:
             raise AssertionError(f"{fault}: {error!r} came out") from error
         failed.add(fault.failed)
         for _ in range(2):
-            assert not out.exists() or {path.name: path.read_bytes() for path in out.iterdir()} == files, fault
+            assert not out.exists() or {path.name: path.read_bytes() for path in out.iterdir()} == files, f"{fault}"
             download(out, Fault())
-        assert [path.name for path in out.parent.iterdir()] == ["out"], fault
+        assert [path.name for path in out.parent.iterdir()] == ["out"], f"{fault}"
         shutil.rmtree(out.parent)
     assert {"io.open", "open", "pread", "pwrite", "rename", "mkdir"} <= failed
 
