@@ -1,3 +1,0 @@
-"""Moved."""
-
-from shared.outage import Outage as Outage
