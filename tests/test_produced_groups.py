@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.pace import LIST_ALL_EVERY_S, OPEN_VERSIONS, PAGE, ProducedGroups
+from rollout.pace import LIST_ALL_EVERY_S, OPEN_VERSIONS, ProducedGroups
 from shared.errors import StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
@@ -105,12 +105,14 @@ def test_versions_that_can_hardly_grow_are_listed_once_a_minute_and_counted_all_
     assert bench.produced.count() == 2 * versions + 3 + 5 + 4
 
 
-def test_the_more_files_a_listing_shows_the_longer_the_next_one_waits(bench: Bench):
-    for _ in range(2 * PAGE + 1):
+def test_the_more_files_a_listing_shows_the_longer_the_next_one_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    page = 10
+    monkeypatch.setattr("rollout.pace.PAGE", page)
+    for _ in range(2 * page + 1):
         bench.put(1, "theirs")
     seconds = 0.0
     while seconds < 12 * LIST_EVERY_S:
-        assert bench.produced.count() == 2 * PAGE + 1
+        assert bench.produced.count() == 2 * page + 1
         bench.now = seconds = seconds + LIST_EVERY_S / 2
     assert bench.store.listings == 12 / 3, "a listing of three pages counts as three"
 
