@@ -34,7 +34,7 @@ from shared.local_store import LocalStore
 from shared.outage import QUIET_S, Outage
 from shared.peft_names import expected_tensors
 from shared.store import Entry, Store
-from shared.stores import open_store
+from shared.stores import Client, open_store
 from shared.versions import Version
 
 BASE: dict[str, Any] = {**synthetic.BASE, "hidden_size": 256, "num_experts": 16, "moe_intermediate_size": 128}
@@ -56,7 +56,15 @@ WEATHERS: dict[str, dict[str, float]] = {
     "trickle": {"trickle_bytes_per_s": 1000},
     "throttled": {"throttle_percent": 60},
 }
-LASTS_S = [3.0, pytest.param(60.0, marks=pytest.mark.soak)]
+OUTAGES = [  # client, weather, how long it lasts
+    *(("fsspec", name, 3.0) for name in WEATHERS),
+    *(("obstore", name, 3.0) for name in ("half fails", "resets in mid-body")),
+    *(
+        pytest.param(client, name, 60.0, marks=pytest.mark.soak)
+        for client in ("fsspec", "obstore")
+        for name in WEATHERS
+    ),
+]
 
 
 class Training:
@@ -171,25 +179,30 @@ def server(s3: S3Server) -> Iterator[S3Server]:
     s3.weather()
 
 
-def opened(server: S3Server, folder: Path) -> Store:
-    return open_store(server.url(folder.name), server.options)
+def opened(server: S3Server, folder: Path, client: Client = "fsspec") -> Store:
+    return open_store(server.url(folder.name), server.options, client)
 
 
 def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
     return sum(words in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize("lasts_s", LASTS_S)
-@pytest.mark.parametrize("name", WEATHERS)
+@pytest.mark.parametrize(("client", "name", "lasts_s"), OUTAGES)
 def test_training_goes_on_nothing_is_lost_and_a_reader_is_at_the_latest_in_one_poll(
-    server: S3Server, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, lasts_s: float
+    request: pytest.FixtureRequest,
+    server: S3Server,
+    base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    client: Client,
+    name: str,
+    lasts_s: float,
 ):
-    print(
-        f"seed={SEED}; replay: python -m pytest 'tests/test_outage.py' -k '{name}' (with -m soak for {lasts_s:.0f} s)"
-    )
+    soak = " -m soak" if lasts_s > RETRIED_S else ""
+    print(f"seed={SEED}; replay: python -m pytest '{request.node.nodeid}'{soak}")
     caplog.set_level(logging.WARNING)
-    training = Training(opened(server, tmp_path), base, "skip")
-    reader = Reader(opened(server, tmp_path), tmp_path / "cache")
+    training = Training(opened(server, tmp_path, client), base, "skip")
+    reader = Reader(opened(server, tmp_path, client), tmp_path / "cache")
     training.until(lambda: reader.has(2))
     training.steps, training.submit_s, before = 0, 0.0, psutil.Process().memory_info().rss
 
@@ -223,8 +236,8 @@ def test_training_goes_on_nothing_is_lost_and_a_reader_is_at_the_latest_in_one_p
     assert outages == 1 or not (name == "all fails" and lasts_s > RETRIED_S)
     assert said(caplog, "skipping from") == said(caplog, "queue has room again")
     print(
-        f"{name} for {lasts_s:.0f} s: {steps} steps, longest submit {submit_s:.3f} s, {len(committed)} versions, "
-        f"{training.publisher.skipped} skipped, publisher failures {training.publisher.store_failures}, "
+        f"{client}, {name} for {lasts_s:.0f} s: {steps} steps, longest submit {submit_s:.3f} s, "
+        f"{len(committed)} versions, {training.publisher.skipped} skipped, publisher failures {training.publisher.store_failures}, "
         f"reader errors {len(reader.errors)}, memory {growth / 2**20:+.0f} MiB"
     )
 
