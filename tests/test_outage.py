@@ -237,8 +237,9 @@ def test_training_goes_on_nothing_is_lost_and_a_reader_is_at_the_latest_in_one_p
     assert said(caplog, "skipping from") == said(caplog, "queue has room again")
     print(
         f"{client}, {name} for {lasts_s:.0f} s: {steps} steps, longest submit {submit_s:.3f} s, "
-        f"{len(committed)} versions, {training.publisher.skipped} skipped, publisher failures {training.publisher.store_failures}, "
-        f"reader errors {len(reader.errors)}, memory {growth / 2**20:+.0f} MiB"
+        f"{len(committed)} versions and {training.publisher.skipped} skipped, "
+        f"failures {training.publisher.store_failures}, reader errors {len(reader.errors)}, "
+        f"memory {growth / 2**20:+.0f} MiB"
     )
 
 
