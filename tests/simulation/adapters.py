@@ -10,6 +10,7 @@ from shared.base_model import BaseIdentity
 from shared.errors import Corrupt
 from shared.manifest import LoraShape, Manifest, Parent
 from shared.peft_names import expected_tensors
+from shared.tensor_table import Slice
 from shared.versions import Version
 
 ADAPTER = "policy"
@@ -91,5 +92,5 @@ def assembled(manifest: Manifest, shards: list[bytes]) -> Tensors:
         raise Corrupt(f"no {error} in its shard", op="assemble", version=str(manifest.version)) from error
 
 
-def _row(piece: object) -> int:
-    return piece.offset[0]  # type: ignore[attr-defined]
+def _row(piece: Slice) -> int:
+    return piece.offset[0]

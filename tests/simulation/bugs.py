@@ -126,7 +126,7 @@ ALL = [
         "host-clock",
         "the collector takes ages on its host's clock",
         invariants.NothingInUseDeleted,
-        lambda: [mock.patch.object(publisher.collect, "store_now", lambda *_: getcurrent().clock())],  # type: ignore[attr-defined]
+        lambda: [mock.patch.object(publisher.collect, "store_now", lambda *_: getcurrent().clock())],
     ),
     Bug(
         "fates-ignored",

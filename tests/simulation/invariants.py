@@ -209,9 +209,9 @@ class NothingInUseDeleted(Invariant):
             reason = self.facts.in_use(version)
             if reason:
                 self.refuse(f"{key} was deleted, and {version} is in use: {reason}")
-        version = version_of(key)
-        if version and version not in self.facts.committed and version not in self.facts.voided:
-            self.refuse(f"{key} was deleted, and {version} may still be committed")
+        name = version_of(key)
+        if name and name not in self.facts.committed and name not in self.facts.voided:
+            self.refuse(f"{key} was deleted, and {name} may still be committed")
 
     def pinned(self, version: Version) -> None:
         if "collected" in self.facts.fates[version]:

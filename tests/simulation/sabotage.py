@@ -11,12 +11,14 @@ from greenlet import getcurrent
 
 import publisher.collect
 import rollout.agent
+from publisher import retention
 from publisher.retention import Rule
 from rollout.watch import Watcher
 from shared import strict_json
 from shared.catalog import Catalog
 from shared.errors import StoreError
 from shared.fates import Entry, Fate, Fates
+from shared.leases import read_leases
 from shared.store import Store
 from shared.versions import Version
 
@@ -34,7 +36,7 @@ class Altered:
         return getattr(self._store, name)
 
 
-def on_altered(module: Any, name: str, alter: Callable[[Any], Altered]) -> Any:
+def on_altered(module: Any, name: str, alter: Callable[[Any], Any]) -> Any:
     """Patch a function whose first argument is a store, so that it works on an altered one."""
     real = getattr(module, name)
     return mock.patch.object(module, name, lambda store, *args, **more: real(alter(store), *args, **more))
@@ -126,7 +128,7 @@ def _delete_data(catalog: Catalog, version: Version) -> None:
 
 
 def leases_listed_once() -> Patches:
-    real_choose, real_read = publisher.collect.choose, publisher.collect.read_leases
+    real_choose, real_read = publisher.collect.choose, read_leases
     chosen_under: dict[int, Any] = {}
 
     def choose(catalog: Catalog, fates: Fates, rule: Rule) -> Any:
@@ -134,12 +136,12 @@ def leases_listed_once() -> Patches:
         chosen_under[id(catalog.store)] = plan.seen.leased
         return plan
 
-    def read_leases(store: Store, layout: Any, now: float) -> Any:
+    def read_once(store: Store, layout: Any, now: float) -> Any:
         return chosen_under.pop(id(store), None) or real_read(store, layout, now)
 
     return [
         mock.patch.object(publisher.collect, "choose", choose),
-        mock.patch.object(publisher.collect, "read_leases", read_leases),
+        mock.patch.object(publisher.collect, "read_leases", read_once),
     ]
 
 
@@ -160,7 +162,7 @@ def fate_put(fates: Fates, version: Version, last: Any, fate: Fate, reason: str,
 
 
 def own_victims_alone() -> Patches:
-    real_void, real_unneeded = publisher.collect.void, publisher.collect.unneeded
+    real_void, real_unneeded = publisher.collect.void, retention.unneeded
     mine: dict[Any, set[Version]] = {}
 
     def void(catalog: Catalog, marked: Collection[Version], orphans: Collection[Version] = ()) -> tuple[Version, ...]:

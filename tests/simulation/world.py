@@ -62,8 +62,10 @@ class World:
     def chaos(self) -> None:
         """Everyone works, and everything goes wrong."""
         self.job.begin()
-        for role in (*self.nodes, *self.keepers):
-            role.begin(self.stage.rng.random() * FIRST_S)
+        for node in self.nodes:
+            node.begin(self.stage.rng.random() * FIRST_S)
+        for keeper in self.keepers:
+            keeper.begin(self.stage.rng.random() * FIRST_S)
         scheduler, weather = self.stage.scheduler, self.stage.scenario.weather
         while scheduler.steps < CHAOS_STEPS and self.stage.violation is None:
             if self.stage.happens(weather.kill):
@@ -158,8 +160,11 @@ class World:
             self.stage.broken(Violation(EveryoneArrives.__name__, problem))
 
     def _ended(self, actor: Actor) -> None:
-        for role in (self.job, *self.nodes, *self.keepers):
-            role.ended(actor.name)
+        self.job.ended(actor.name)
+        for node in self.nodes:
+            node.ended(actor.name)
+        for keeper in self.keepers:
+            keeper.ended(actor.name)
 
 
 def run_seed(seed: int) -> tuple[Result, Stage]:
