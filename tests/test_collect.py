@@ -32,7 +32,7 @@ from shared.store import Store
 from shared.stores import open_store
 from shared.versions import Version
 
-RULE = Rule(keep_versions=2)
+RULE = Rule(keep_versions=2, orphan_after_s=3600)
 ROUNDS = 40
 
 

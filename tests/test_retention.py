@@ -94,13 +94,13 @@ def test_collected_versions_do_not_count_among_the_newest():
 def test_old_attempts_and_old_rollbacks_without_a_manifest_are_orphans_and_young_ones_are_not():
     stored = {v(7): Stored(("k",), 10, NOW - 3599), v(8): Stored(("k",), 10, NOW - 3601), v(1): Stored(("k",), 10, 0)}
     rollbacks = (Rollback(v(1), v(1, epoch=2), NOW - 3601), Rollback(v(1), v(1, epoch=3), NOW - 1))
-    decision = decide(seen(range(3), stored=stored, rollbacks=rollbacks), Rule())
+    decision = decide(seen(range(3), stored=stored, rollbacks=rollbacks), Rule(orphan_after_s=3600))
     assert decision.orphans == (v(8), v(1, epoch=2))
 
 
 def test_an_orphan_that_is_void_already_is_none():
     look = seen(range(3), stored={v(8): Stored(("k",), 10, 0.0)}, void=frozenset({v(8)}))
-    assert decide(look, Rule()).orphans == ()
+    assert decide(look, Rule(orphan_after_s=3600)).orphans == ()
 
 
 def test_data_of_a_void_goes_unless_it_or_a_rollback_that_uses_it_is_needed():
