@@ -15,14 +15,23 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
+from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.retry import Fault, Retry
-from shared.store import Entry, Fetched, check_key, demand_exclusive_size, exactly
+from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly
 from shared.store_faults import diagnose, status_of, symptoms_of
 
 Result = TypeVar("Result")
 
 EXTRAS = {"gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}  # by scheme: what brings its package
+
+ONE_REQUEST_BYTES = 16 << 20
+
+# A stream's requests are made out of our reach, and would wait for minutes by default.
+TIMEOUTS: dict[str, dict[str, float]] = {
+    "gs": {"requests_timeout": retry.deadline_s(ONE_REQUEST_BYTES)},
+    "az": {"connection_timeout": retry.CONNECT_TIMEOUT_S, "read_timeout": retry.READ_TIMEOUT_S},
+}
 
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem checks and creates in two steps
 
@@ -35,9 +44,10 @@ class ObjectStore:
         self._retry = again or Retry()
         scheme = url.partition("://")[0]
         self._is_memory = scheme == "memory"
-        settings = {"use_listings_cache": False, "skip_instance_cache": True, **options}
+        timeouts = TIMEOUTS.get(EXTRAS.get(scheme, ""), {})
+        settings = {"use_listings_cache": False, "skip_instance_cache": True, **timeouts, **options}
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **settings)
+            self._fs, self._root = _file_system(self.url, settings)
         except ImportError as error:
             hint = f"pip install 'lorasync[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
             problem = f"the package for {scheme}:// is not installed"
@@ -56,7 +66,7 @@ class ObjectStore:
 
         def read() -> bytes:
             try:
-                return cast(bytes, self._fs.cat_file(path, start=start, end=end))
+                return cast(bytes, self._fs.cat_file(path, start=start, end=end, **self._within(end - start)))
             except Exception as error:
                 if status_of(error) == 416:  # the object ends before
                     return b""
@@ -69,19 +79,19 @@ class ObjectStore:
         path = self._path(key)
 
         def read() -> Fetched | None:
-            info = self._fs.info(path)
+            info = self._fs.info(path, **self._within())
             marks = (info.get(name) for name in ("etag", "generation", "md5Hash", "created", "mtime"))
             now = "|".join(str(mark) for mark in (*marks, info["size"]) if mark is not None)
             if now == tag:
                 return None
             _demand_at_most(info["size"], key, max_bytes)
-            return Fetched(cast(bytes, self._fs.cat_file(path)), now)
+            return Fetched(cast(bytes, self._fs.cat_file(path, **self._within(info["size"]))), now)
 
         return self._retried("get", key, read)
 
     def put(self, key: str, content: bytes) -> None:
         path = self._path(key)
-        self._retried("put", key, lambda: self._fs.pipe_file(path, content))
+        self._retried("put", key, lambda: self._fs.pipe_file(path, content, **self._within(len(content))))
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
         path = self._path(key)
@@ -89,7 +99,7 @@ class ObjectStore:
 
         def write() -> bool:
             try:
-                self._fs.pipe_file(path, content, mode="create")
+                self._fs.pipe_file(path, content, mode="create", **self._within(len(content)))
                 return True
             except FileExistsError:
                 pass
@@ -107,7 +117,7 @@ class ObjectStore:
 
     def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         path, whole = self._path(key), exactly(chunks, size, key)
-        if self._is_memory:  # whose files are seen while they are written
+        if self._is_memory or size <= ONE_REQUEST_BYTES:  # in memory, files are seen while they are written
             self.put(key, b"".join(whole))
             return
         file = self._retried("put", key, lambda: self._fs.open(path, "wb"))
@@ -125,7 +135,7 @@ class ObjectStore:
 
         def find() -> list[Entry]:
             try:
-                found = self._fs.find(path, detail=True)
+                found = self._fs.find(path, detail=True, **self._within(MAX_EXCLUSIVE_BYTES))  # of many pages
             except FileNotFoundError:
                 found = {}
             if not isinstance(found, dict):  # adlfs's answer where the path is an object's
@@ -142,7 +152,7 @@ class ObjectStore:
 
         def remove() -> None:
             try:
-                self._fs.rm_file(path)
+                self._fs.rm_file(path, **self._within())
             except FileNotFoundError:
                 return
 
@@ -156,8 +166,12 @@ class ObjectStore:
 
     def _read_whole(self, path: str, key: str, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None:
-            _demand_at_most(self._fs.info(path)["size"], key, max_bytes)
-        return cast(bytes, self._fs.cat_file(path))
+            _demand_at_most(self._fs.info(path, **self._within())["size"], key, max_bytes)
+        return cast(bytes, self._fs.cat_file(path, **self._within(max_bytes or MAX_EXCLUSIVE_BYTES)))
+
+    def _within(self, size: int = 0) -> dict[str, float]:
+        """The deadline of a call that carries so many bytes, for file systems that work in the background."""
+        return {"timeout": retry.deadline_s(size)} if getattr(self._fs, "async_impl", False) else {}
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
@@ -174,6 +188,17 @@ class ObjectStore:
 
     def _fault(self, op: str, key: str, error: Exception) -> Fault:
         return diagnose(symptoms_of(error), url=self.url, op=op, key=key)
+
+
+def _file_system(url: str, settings: Mapping[str, Any]) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    if EXTRAS.get(url.partition("://")[0]) != "gs":
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **settings))
+    # gcsfs's default class first asks another service, over gRPC, what kind of bucket it is: a minute where that is
+    # blocked. This one speaks the JSON API and nothing else.
+    from gcsfs.core import GCSFileSystem
+
+    return GCSFileSystem(**settings), GCSFileSystem._strip_protocol(url)
 
 
 def modified(info: Mapping[str, Any]) -> float:

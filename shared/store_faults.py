@@ -114,8 +114,9 @@ def symptoms_of(error: Exception) -> Symptoms:
     """Read an exception of fsspec, s3fs, gcsfs, adlfs or what lies below them."""
     links = chain(error)
     headers = next((found for link in links if (found := _headers(link))), {})
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
     return Symptoms(
-        text=str(error).strip() or type(error).__name__,
+        text=str(error).strip() or unsaid,
         names=frozenset(type(link).__name__ for link in links),
         codes=frozenset(code for link in links if (code := _code(link))),
         status=status_of(error),

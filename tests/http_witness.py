@@ -187,3 +187,22 @@ def swallowing() -> Iterator[str]:
 
     with _serving(Handler) as endpoint:
         yield endpoint
+
+
+@contextlib.contextmanager
+def mute() -> Iterator[str]:
+    """A server that accepts connections, reads no more than its kernel's buffers take, and never says a word."""
+    with socket.socket() as listener, contextlib.ExitStack() as accepted:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted.enter_context(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()

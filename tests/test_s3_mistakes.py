@@ -3,18 +3,16 @@
 The commands that only read a store: tests/test_bad_input.py.
 """
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import http_witness
 import psutil
 import pytest
 from s3_server import S3Server
@@ -22,6 +20,7 @@ from s3_server import S3Server
 from rollout.demo.settings import DemoOptions, main_config, write_config
 from shared import retry
 from shared.errors import StoreError
+from shared.object_store import ObjectStore
 from shared.obstore_store import ObstoreStore
 from shared.retry import Retry
 from shared.s3_store import S3Store
@@ -98,21 +97,8 @@ def test_endpoint_and_credentials_come_from_a_file_or_from_flags_as_well(s3: S3S
 
 @pytest.fixture
 def mute() -> Iterator[str]:
-    """A server that accepts connections, reads no more than its kernel's buffers take, and never says a word."""
-    with socket.socket() as listener, contextlib.ExitStack() as accepted:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    accepted.enter_context(listener.accept()[0])
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
+    with http_witness.mute() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
@@ -124,11 +110,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Retry:
     return Retry(attempts=2, first_wait_s=0.01)
 
 
-CLIENTS = {"fsspec": S3Store, "obstore": ObstoreStore}
+S3_CLIENTS = ["s3", "s3-obstore"]
 
 
 def opened(client: str, endpoint: str, again: Retry) -> Store:
-    return CLIENTS[client]("s3://bucket/x", {"endpoint_url": endpoint, "key": "k", "secret": "s"}, again)
+    if client == "az":
+        account = f"DefaultEndpointsProtocol=http;AccountName=a;AccountKey=aGk=;BlobEndpoint={endpoint}/a;"
+        return ObjectStore("az://bucket/x", {"connection_string": account}, again)
+    options = {"endpoint_url": endpoint, "key": "k", "secret": "s"}
+    return (ObstoreStore if client == "s3-obstore" else S3Store)("s3://bucket/x", options, again)
 
 
 OPERATIONS: dict[str, tuple[Callable[[Store], Any], str]] = {  # name: a call, and what its error calls it
@@ -145,8 +135,13 @@ OPERATIONS: dict[str, tuple[Callable[[Store], Any], str]] = {  # name: a call, a
 }
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("client", "operation"),
+    [
+        *((client, operation) for client in S3_CLIENTS for operation in OPERATIONS),
+        *(("az", operation) for operation in ("get_range", "put", "put_if_absent", "put_stream", "delete")),
+    ],
+)
 def test_no_operation_waits_without_end_for_a_server_that_never_answers(
     mute: str, impatient: Retry, client: str, operation: str
 ):
@@ -159,7 +154,7 @@ def test_no_operation_waits_without_end_for_a_server_that_never_answers(
     assert time.monotonic() - began < WITHIN_S
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", S3_CLIENTS)
 def test_a_server_that_stops_reading_in_the_middle_of_an_upload_is_given_up(mute: str, impatient: Retry, client: str):
     """aiohttp's read timeout begins when the body is sent, which never comes."""
     store, began = opened(client, mute, impatient), time.monotonic()

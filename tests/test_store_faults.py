@@ -7,6 +7,7 @@ from typing import Any
 import adlfs
 import botocore.exceptions
 import fsspec
+import gcsfs.core
 import gcsfs.retry
 import pytest
 from azure.core.exceptions import (
@@ -181,8 +182,8 @@ def test_google_and_azure_create_on_condition(monkeypatch: pytest.MonkeyPatch):
         asked.append(keywords)
         raise google(412)
 
-    monkeypatch.setattr(gcsfs.GCSFileSystem, "_call", call)
-    google_fs = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
+    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_call", call)
+    google_fs = ObjectStore(URL, {"token": "anon"})._fs
     with pytest.raises(FileExistsError):
         google_fs.pipe_file("bucket/m/a", b"x", mode="create")
     assert asked[0]["ifGenerationMatch"] == "0"
@@ -207,7 +208,7 @@ def test_google_and_azure_create_on_condition(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_time_of_an_object_is_read_from_what_each_library_calls_it():
     when = datetime(2026, 11, 23, 17, 0, tzinfo=UTC)
-    of_google = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)._process_object(
+    of_google = ObjectStore(URL, {"token": "anon"})._fs._process_object(
         "bucket",
         {"name": "m/a", "size": "1", "updated": "2026-11-23T17:00:00.000Z", "timeCreated": "2026-01-01T00:00:00Z"},
     )
