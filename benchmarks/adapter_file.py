@@ -28,14 +28,13 @@ def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in expected.items()}
     slices = [AdapterSlice(name, tensor, expected[name], (0, 0)) for name, tensor in tensors.items()]
     theirs, ours, watch = directory / "theirs.safetensors", directory / "ours.safetensors", Stopwatch()
-    options = {"rank": size.rank, "alpha": size.rank, "encoding": "bf16", "aliases": False}
     for _ in range(repeats):
         gc.collect()
         theirs.unlink(missing_ok=True)
         with watch("save_file"):
             save_file(tensors, theirs)
         with watch("encode"):
-            shard = encode(slices, order, **options)
+            shard = encode(slices, order, rank=size.rank, alpha=size.rank, encoding="bf16", aliases=False)
         ours.unlink(missing_ok=True)
         gc.collect()
         with watch("write"):

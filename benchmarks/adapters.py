@@ -55,7 +55,7 @@ def encoded(expected: dict[str, tuple[int, int]]) -> EncodedShard:
     noise = np.random.default_rng(0).integers(0, 1 << 16, min(count, NOISE_BYTES // 2), dtype=np.uint16) & FINITE
     content = np.resize(noise, count)
     slices = [EncodedSlice(name, "BF16", shape, shape, (0, 0)) for name, shape in expected.items()]
-    return EncodedShard(slices, memoryview(content.view(np.uint8)), {})
+    return EncodedShard(slices, content.view(np.uint8).data, {})
 
 
 def specs(expected: dict[str, tuple[int, int]]) -> list[TensorSpec]:

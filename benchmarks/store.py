@@ -124,7 +124,8 @@ def _on_file(folder: Path, size: Size, result: dict[str, Any]) -> None:
 def _on_s3(server: Server, sizes: list[Size], result: dict[str, Any]) -> dict[str, Any]:
     kind = f"s3_{server.name}"
     result["publish_over_raw_copy"][kind] = {}
-    boto, clients = Boto(server.bucket, server.options), {"server": server.name}
+    boto = Boto(server.bucket, server.options)
+    clients: dict[str, Any] = {"server": server.name}
     prefix = f"s3://{server.bucket}/bench-{uuid.uuid4().hex}"
     stores = {
         "s3fs": open_store(f"{prefix}/s3fs", server.options, client="fsspec"),
