@@ -55,6 +55,7 @@ from shared.errors import LorasyncError
 from shared.fates import Fates
 from shared.fetch import fetch
 from shared.layout import Layout
+from shared.lifeline import die_with_parent
 from shared.local_store import LocalStore
 from shared.versions import Version
 
@@ -139,6 +140,7 @@ def serve() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # requests are reaped by the kernel
     for line in sys.stdin:
         if os.fork() == 0:
+            die_with_parent()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             number, lives = json.loads(line)
             ends = _lives([Life(**life) for life in lives])
@@ -178,6 +180,7 @@ def _begin(life: Life, impatient: mmap.mmap) -> tuple[int, int]:
     if process:
         os.close(theirs)
         return process, ours
+    die_with_parent()  # also one that is suspended
     publisher_module.time = _Clock(impatient)  # type: ignore[assignment]
     mortal, error, code = Mortal(life.kill_at), "", 1
     try:

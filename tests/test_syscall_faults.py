@@ -212,7 +212,7 @@ def publish_one(store: LocalStore, base: Path, fault: Fault) -> None:
 def demand_whole(store: LocalStore, version: Version, scratch: Path, why: object) -> None:
     """Check that a version is the latest, and that each one reads back."""
     catalog = Catalog(store, synthetic.ADAPTER)
-    assert catalog.newest() == version, why
+    assert catalog.newest() == version, f"{why}"
     scratch.mkdir()
     verify(store, catalog.manifest(version), synthetic.EXPECTED)
 
