@@ -23,7 +23,7 @@ from shared.stores import probe
 
 ROOT = Path(__file__).parent.parent
 BATCH_SEEDS, BATCHES = 50, 10
-MAX_SEEDS_TO_FIND = 150
+MAX_SEEDS_TO_FIND = 400
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -89,9 +89,9 @@ class Facts:
                 self.voided.add(version)
             else:
                 self._rolled_back(actor, version)
-                self._committed(version, Manifest.parse(after.content, key=key), after.modified)
+                self._committed(version, Manifest.parse(after.content, key=key))
         elif key.startswith(f"{LAYOUT.data}/") and version:
-            self._written_at[version].append(after.modified)
+            self._written_at[version].append(self.now)
         elif key.startswith(f"{LAYOUT.fates}/") and version:
             self.fates[version].append(str(_json(key, after)["fate"]))
         elif key.startswith(f"{LAYOUT.leases}/"):
@@ -99,7 +99,7 @@ class Facts:
         elif key.startswith(f"{LAYOUT.rollbacks}/") and (pair := rollback_of(key)):
             self._rolled_back(actor, pair[1])
         elif key.startswith(f"{LAYOUT.epochs}/"):
-            self.claimed_at.setdefault(int(key.rsplit("/", 1)[-1].removesuffix(".json")), after.modified)
+            self.claimed_at.setdefault(int(key.rsplit("/", 1)[-1].removesuffix(".json")), self.now)
 
     def deleted(self, key: str) -> None:
         """Learn from a deletion."""
@@ -111,9 +111,9 @@ class Facts:
         if actor in self.rolling_back:
             self.sources.setdefault(version, self.rolling_back[actor])
 
-    def _committed(self, version: Version, manifest: Manifest, at: float) -> None:
+    def _committed(self, version: Version, manifest: Manifest) -> None:
         self.committed.setdefault(version, manifest)
-        self.committed_at.setdefault(version, at)
+        self.committed_at.setdefault(version, self.now)
         for shard in manifest.shards:
             self.users[attempt_of(shard.key)].add(version)
 
@@ -131,7 +131,7 @@ class Facts:
         holder, versions = str(body["holder"]), [Version.parse(text) for text in body["versions"]]
         before = self._live_leases(holder)
         proven = {version: any(lease.proven.get(version) for lease in before) for version in versions}
-        self.leases[key] = Lease(holder, after.modified, float(body["ttl_s"]), proven)
+        self.leases[key] = Lease(holder, self.now, float(body["ttl_s"]), proven)
 
     def _live_leases(self, holder: str) -> list[Lease]:
         return [lease for lease in self.leases.values() if lease.holder == holder and lease.lives(self.now)]

@@ -28,6 +28,9 @@ class Violation:
     problem: str
 
 
+TOLD_S = 1.0  # by how much the store's word on an object's time may be off: S3 tells whole seconds
+
+
 @dataclass(frozen=True)
 class Rules:
     """Retention as the collector was told, in versions and seconds of the store's clock."""
@@ -138,7 +141,7 @@ class NoAcknowledgedVersionLost(Invariant):
         fate = self.facts.fates[version][-1:]
         if newer < self.rules.keep_versions:
             self.refuse(f"{version} was collected with {newer} newer ones, {self.rules.keep_versions} are kept")
-        elif age_s < self.rules.keep_s:
+        elif age_s < self.rules.keep_s - TOLD_S:
             self.refuse(f"{version} was collected {age_s:.1f} s old, {self.rules.keep_s} s are kept")
         elif fate != ["collected"]:
             self.refuse(f"{version} was collected, its fate is {fate}")
@@ -220,7 +223,7 @@ class NothingInUseDeleted(Invariant):
     def _demand_abandoned(self, version: Version) -> None:
         """It counts what the collector could see when it looked, so a rank that wakes up at this moment is too late."""
         quiet_s = self.facts.longest_quiet_s(version)
-        if quiet_s < self.rules.orphan_s:
+        if quiet_s < self.rules.orphan_s - TOLD_S:
             self.refuse(f"the attempt at {version} was voided, quiet for {quiet_s:.1f} s, not {self.rules.orphan_s}")
 
 

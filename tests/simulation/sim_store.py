@@ -4,6 +4,7 @@ Each actor has its own `SimStore`, its connection to the one `Bucket`. What a ca
 step; between the call and its effect, and between the effect and its answer, others go on.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Object:
 
     content: bytes
     tag: str
-    modified: float  # the store's own clock
+    modified: float  # as the store tells it, by its own clock
 
 
 class Observer(Protocol):
@@ -53,6 +54,7 @@ class Bucket:
         self.unfinished: dict[str, float] = {}  # what killed writers left, and since when
         self.hints: list[Object] = []  # LATEST's past
         self.reply_s = 0.2  # that a request or an answer takes at most
+        self.whole_seconds = False  # whether it tells the times of objects in whole seconds, as S3 does
         self.in_pages = True  # whether a listing goes in the order of keys
         self._writes = 0
 
@@ -61,7 +63,8 @@ class Bucket:
 
     def write(self, actor: str, key: str, content: bytes) -> None:
         self._writes += 1
-        before, after = self.objects.get(key), Object(content, str(self._writes), self.clock())
+        modified = math.floor(self.clock()) if self.whole_seconds else self.clock()
+        before, after = self.objects.get(key), Object(content, str(self._writes), modified)
         self.objects[key] = after
         if key.endswith("/LATEST"):
             self.hints = [*self.hints[-HISTORY:], after]

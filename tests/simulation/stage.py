@@ -64,6 +64,7 @@ class Stage:
         self.scheduler = Scheduler(self.rng, self.scenario.pace_s)
         self.bucket = Bucket(self.scheduler, self.skew_s())
         self.bucket.observer = self
+        self.bucket.whole_seconds = self.rng.random() < 0.5
         self.bucket.in_pages = self.rng.random() < 0.5
         self.bucket.reply_s = self.rng.choice((0.05, 0.2, 0.2, 2.0))
         self.facts = Facts(self.bucket)
