@@ -39,6 +39,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     file = result["adapter_file"]
     for theirs, ours, speedup in (("save_file", "write", "writer_speedup"), ("load_file", "map", "reader_speedup")):
         their_s, our_s = (file["seconds"][name]["median"] for name in (theirs, ours))
-        yield f"{file['tensors']} tensors: {theirs} {their_s:.3f} s, {ours} {our_s:.3f} s: {result[speedup]:.1f}x"
+        cpu = result[speedup.replace("_speedup", "_cpu_speedup")]
+        yield (
+            f"{file['tensors']} tensors: {theirs} {their_s:.3f} s, {ours} {our_s:.3f} s: {result[speedup]:.1f}x"
+            f" (processor time {cpu:.1f}x)"
+        )
     encode_s, speedup = file["seconds"]["encode"]["median"], result["writer_with_encoding_speedup"]
     yield f"{file['tensors']} tensors: encoding {encode_s:.3f} s; writing and encoding {speedup:.1f}x"
