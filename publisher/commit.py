@@ -39,7 +39,7 @@ from shared.manifest import (
     canary_from_json,
     shard_from_json,
 )
-from shared.parts import Digests, in_parts
+from shared.parts import behind, digest, in_parts
 from shared.peft_config import peft_config
 from shared.signing import Seal
 from shared.store import Store
@@ -77,7 +77,7 @@ class Rank:
 def put_shard(store: Store, layout: Layout, claim: Claim, heading: Heading, rank: Rank, shard: EncodedShard) -> None:
     """Put this rank's shard and, when it is durable, its record. A lone rank without aliases puts a PEFT directory.
 
-    The parts' digests are made while the store takes the bytes: the shard is gone through once.
+    The parts' digests and the record's table are made while the store takes the bytes: the shard is gone through once.
     """
     attempt = layout.attempt(heading.version, claim.nonce)
     plain = rank.world == 1 and not shard.aliases
@@ -85,9 +85,11 @@ def put_shard(store: Store, layout: Layout, claim: Claim, heading: Heading, rank
     key = f"{attempt}/{name}.safetensors"
     parts = in_parts(shard.chunks())
     size = sum(len(chunk) for part in parts for chunk in part)
-    with Digests(parts) as digests:
+    with behind() as threads:
+        table = threads.submit(_table, shard, rank.index)
+        digests = [threads.submit(digest, part) for part in parts]
         store.put_stream(key, (chunk for part in parts for chunk in part), size)
-        stored = Shard(key, size, digests.result())
+        stored = Shard(key, size, tuple(made.result() for made in digests))
     if rank.index == 0:
         store.put(f"{attempt}/adapter_config.json", peft_config(heading.lora, heading.base_name))
     record = {
@@ -100,19 +102,19 @@ def put_shard(store: Store, layout: Layout, claim: Claim, heading: Heading, rank
         record["training"] = dict(heading.training)
         record["canary"] = asdict(heading.canary) if heading.canary else None
     fields = {name: strict_json.dumps(value) for name, value in record.items()}
-    fields["tensors"] = tensor_table.to_bytes(_table(shard, rank.index))
+    fields["tensors"] = table.result()
     store.put(_record(layout, claim, heading.version, rank.index), strict_json.join(fields))
 
 
 @collection_paused()
-def _table(shard: EncodedShard, number: int) -> dict[str, Tensor]:
-    """A rank's part of the manifest's table of tensors."""
+def _table(shard: EncodedShard, number: int) -> bytes:
+    """A rank's part of the manifest's table of tensors, as JSON."""
     tensors: dict[str, Tensor] = {}
     for piece in shard.slices:
         slice_ = Slice(number, piece.name, piece.offset, piece.shape)
         before = tensors[piece.tensor].slices if piece.tensor in tensors else ()
         tensors[piece.tensor] = Tensor(piece.dtype, piece.global_shape, (*before, slice_))
-    return tensors
+    return tensor_table.to_bytes(tensors)
 
 
 def missing_ranks(store: Store, layout: Layout, claim: Claim, version: Version, world: int) -> list[int]:

@@ -4,13 +4,13 @@ sha256 runs at 1 to 2 GB/s a thread and lets the other threads run meanwhile, so
 once, without copying.
 """
 
+import contextlib
 import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 from shared.manifest import PART_BYTES
 
@@ -39,24 +39,14 @@ def digest(chunks: Iterable[bytes | memoryview]) -> str:
     return whole.hexdigest()
 
 
-class Digests:
-    """Digests of parts that stay in memory, made behind the caller's back from `with` on."""
-
-    def __init__(self, parts: Sequence[Sequence[memoryview]], threads: int = HASH_THREADS) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
-        self._made = [self._pool.submit(digest, part) for part in parts]
-
-    def __enter__(self) -> "Digests":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def result(self) -> tuple[str, ...]:
-        """Every part's sha256 (hex)."""
-        return tuple(made.result() for made in self._made)
+@contextlib.contextmanager
+def behind(threads: int = HASH_THREADS) -> Iterator[ThreadPoolExecutor]:
+    """Threads for what is made while the caller waits for a store; what has not begun when it leaves is dropped."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="behind")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def work_through(items: Sequence[int], work: Callable[[int, threading.Event], None], threads: int) -> None:
