@@ -196,6 +196,20 @@ def test_a_store_that_fails_for_a_while_costs_a_checkpoint_that_is_counted(store
     assert steps_on(store) == ["00000001-000000000010"]
 
 
+def test_a_step_does_not_wait_for_a_slow_store_and_the_checkpoint_that_is_missed_is_counted(store):
+    slow = Slow(store.url)
+    writer = CheckpointWriter(slow, LAYOUT, max_wait_s=0.01)
+    writer.submit(checkpoint(1, 5))
+    writer.submit(checkpoint(1, 10))
+    assert writer.missed == 1
+    slow.let.set()
+    writer.close()
+    writer.submit(checkpoint(1, 15))
+    writer.close()
+    writer.shutdown()
+    assert steps_on(store) == ["00000001-000000000005", "00000001-000000000015"]
+
+
 def test_a_store_that_refuses_for_good_ends_the_training_at_the_next_checkpoint(store):
     slow = Slow(store.url)
     slow.let.set()

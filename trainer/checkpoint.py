@@ -20,7 +20,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEEP = 2
+MAX_WAIT_S = 10.0  # of a step for the checkpoint before
 MAX_STATE_BYTES = MAX_EXCLUSIVE_BYTES  # of state.json: no store need take more
 _FOLDER = re.compile(r"\d{8}-\d{12}")
 _TENSORS = re.compile(r"state-[0-9a-f]{12}\.safetensors")
@@ -179,23 +180,30 @@ def _delete_old(store: Store, layout: Layout, keep: int) -> None:
 
 
 class CheckpointWriter:
-    """Writes behind the step, one at a time; a second waits for the first.
+    """Writes behind the step, one at a time; a second waits for the first, but not for long.
 
-    A store that fails for a while costs a checkpoint, which is logged and counted in `missed`; the next one makes it
-    good. Other errors come out of the next call.
+    A store that fails for a while, or is slow, costs a checkpoint, which is logged and counted in `missed`; the next one
+    makes it good, and the step never waits longer than MAX_WAIT_S. Other errors come out of the next call.
     """
 
-    def __init__(self, store: Store, layout: Layout, keep: int = KEEP) -> None:
+    def __init__(self, store: Store, layout: Layout, keep: int = KEEP, max_wait_s: float = MAX_WAIT_S) -> None:
         self._store, self._layout, self._keep, self.missed = store, layout, keep, 0
+        self._max_wait_s = max_wait_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def submit(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint when the one before is done.
+        """Write a checkpoint when the one before is done; one that would have to wait for too long is missed.
 
         Raises:
             LorasyncError: what went wrong with the one before.
         """
+        if self._pending is not None:
+            wait([self._pending], self._max_wait_s)
+            if not self._pending.done():
+                self.missed += 1
+                log.warning("checkpoint missed=%d: the one before is still being written", self.missed)
+                return
         self._settle()
         self._pending = self._executor.submit(write, self._store, self._layout, checkpoint, self._keep)
 
