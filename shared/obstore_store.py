@@ -5,19 +5,19 @@
 
 Promises and guards as shared/s3_store.py. Its own API is used, for its fsspec layer ignores `mode="create"`. Small
 requests are retried by `shared.retry`; the parts of a large write by obstore itself, which alone has their bytes,
-within the same bounds. obstore waits for ever by default: each request has a deadline here.
+within the same bounds. Each request has a deadline by its bytes, which is a client's own: so there are a few of them.
+Only the blocking API is used: after awaited calls, two processes of three were seen to abort at their exit, when
+obstore's threads let go of Python's objects.
 
 On S3 the options are spelled as s3fs's are. What obstore cannot do, list and abort the multipart uploads of killed
 writers, s3fs does.
 """
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
-
-from fsspec.asyn import get_loop, sync
 
 from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
@@ -38,6 +38,7 @@ S3_OPTIONS = {
 }
 PAGE_KEYS = 1000
 PIECE_BYTES = 1 << 20
+WRITE_BYTES = (1 << 20, PART_BYTES, MAX_EXCLUSIVE_BYTES)  # clients for writes up to so many bytes: one deadline each
 
 _STATUS, _CODE = re.compile(r"status code: (\d{3})"), re.compile(r"<Code>(\w+)</Code>")
 
@@ -59,7 +60,8 @@ class ObstoreStore:
         self._obstore, self._retry = obstore, again or Retry()
         self._bucket, _, below = path.partition("/")
         self._prefix = f"{below.strip('/')}/" if below.strip("/") else ""
-        self._store = self._open(MAX_EXCLUSIVE_BYTES, attempts=1)
+        self._reader = self._open(MAX_EXCLUSIVE_BYTES, read_timeout=timedelta(seconds=retry.READ_TIMEOUT_S))
+        self._writers = {size: self._open(size) for size in WRITE_BYTES}
 
     def get(self, key: str, max_bytes: int | None = None) -> bytes:
         name = self._name(key)
@@ -70,11 +72,7 @@ class ObstoreStore:
 
         def read() -> bytes:
             try:
-                return bytes(
-                    self._wait(
-                        lambda: self._obstore.get_range_async(self._store, name, start=start, end=end), end - start
-                    )
-                )
+                return bytes(self._obstore.get_range(self._reader, name, start=start, end=end))
             except Exception as error:
                 if _symptoms(error).status == 416 or "Wanted range starting at" in str(error):  # the object ends before
                     return b""
@@ -133,12 +131,8 @@ class ObstoreStore:
 
         def write() -> None:
             try:
-                self._wait(
-                    lambda: self._obstore.put_async(
-                        parts, name, pieces(), use_multipart=True, chunk_size=length, max_concurrency=IN_FLIGHT
-                    ),
-                    size,
-                    retry.PARTS_RETRY_FOR_S,
+                self._obstore.put(
+                    parts, name, pieces(), use_multipart=True, chunk_size=length, max_concurrency=IN_FLIGHT
                 )
             except Exception:
                 if not broken and self._stands(name, size):  # the answer to the last request was lost
@@ -159,9 +153,8 @@ class ObstoreStore:
         cut = len(self._prefix)
 
         def read() -> list[Entry]:
-            stream = self._obstore.list(self._store, below or None, offset=offset, chunk_size=PAGE_KEYS)
             entries: list[Entry] = []
-            while page := self._wait(lambda: _next_page(stream)):
+            for page in self._obstore.list(self._reader, below or None, offset=offset, chunk_size=PAGE_KEYS):
                 found = ((meta["path"][cut:], meta) for meta in page)
                 entries += [Entry(key, meta["size"], meta["last_modified"].timestamp()) for key, meta in found]
             return sorted((entry for entry in entries if entry.key > after), key=lambda entry: entry.key)
@@ -173,7 +166,7 @@ class ObstoreStore:
 
         def remove() -> None:
             try:
-                self._wait(lambda: self._obstore.delete_async(self._store, name))
+                self._obstore.delete(self._writers[WRITE_BYTES[0]], name)
             except FileNotFoundError as error:
                 if _symptoms(error).codes - {"NoSuchKey", "BlobNotFound"}:
                     raise
@@ -192,7 +185,7 @@ class ObstoreStore:
         other = S3Store if CLASSES[self._scheme] == "S3Store" else ObjectStore
         return other(self.url, self._options, self._retry).sweep(prefix, older_than_s)
 
-    def _open(self, largest: int, attempts: int) -> Any:
+    def _open(self, largest: int, attempts: int = 1, **more: timedelta) -> Any:
         """A client whose requests carry at most `largest` bytes, and are tried so often."""
         config: dict[str, Any] = dict(self._options)
         if CLASSES[self._scheme] == "S3Store":
@@ -205,6 +198,7 @@ class ObstoreStore:
                     "allow_http": True,
                     "connect_timeout": timedelta(seconds=retry.CONNECT_TIMEOUT_S),
                     "timeout": timedelta(seconds=retry.deadline_s(largest)),
+                    **more,
                 },
                 retry_config={
                     "max_retries": attempts - 1,
@@ -223,35 +217,23 @@ class ObstoreStore:
         Raises:
             Corrupt: more than `max_bytes`; the answer is dropped unread.
         """
-        answer = self._wait(lambda: self._obstore.get_async(self._store, name, options=dict(conditions or {})))
+        answer = self._obstore.get(self._reader, name, options=dict(conditions or {}))
         size = int(answer.meta["size"])
         if max_bytes is not None and size > max_bytes:
             raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
-        return Fetched(bytes(self._wait(answer.bytes_async, size)), answer.meta["e_tag"] or "")
+        return Fetched(bytes(answer.bytes()), answer.meta["e_tag"] or "")
 
     def _write(self, name: str, content: bytes, mode: str) -> None:
-        self._wait(
-            lambda: self._obstore.put_async(self._store, name, content, mode=mode, use_multipart=False), len(content)
-        )
+        wide = (writer for size, writer in self._writers.items() if len(content) <= size)
+        writer = next(wide, self._writers[MAX_EXCLUSIVE_BYTES])
+        self._obstore.put(writer, name, content, mode=mode, use_multipart=False)
 
     def _stands(self, name: str, size: int) -> bool:
         try:
-            meta = self._retried("get", name, lambda: self._wait(lambda: self._obstore.head_async(self._store, name)))
+            meta = self._retried("get", name, lambda: self._obstore.head(self._reader, name))
         except StoreError:
             return False
         return bool(meta["size"] == size)
-
-    def _wait(self, call: Callable[[], Awaitable[Any]], size: int = 0, more_s: float = 0.0) -> Any:
-        """Await a call that carries so many bytes, within its deadline, or `more_s` later."""
-
-        async def begun() -> Any:
-            return await call()
-
-        deadline_s = retry.deadline_s(size) + more_s
-        try:
-            return sync(get_loop(), begun, timeout=deadline_s)
-        except TimeoutError as error:
-            raise TimeoutError(f"{size} bytes not carried within {deadline_s:.0f} s") from error
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}{check_key(key)}"
@@ -268,13 +250,6 @@ def _copied(chunks: Iterable[memoryview]) -> Iterator[bytes]:
     for chunk in chunks:
         for start in range(0, len(chunk), PIECE_BYTES):
             yield bytes(chunk[start : start + PIECE_BYTES])
-
-
-async def _next_page(stream: Any) -> Any:
-    """The next page of a listing, empty after the last."""
-    async for page in stream:
-        return page
-    return []
 
 
 def _s3_config(options: Mapping[str, Any]) -> dict[str, Any]:
