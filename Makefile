@@ -53,4 +53,4 @@ lock: ## write requirements/cpu-py311.txt anew from pyproject.toml
 	@"$(PYTHON)" scripts/lock.py
 
 clean: ## remove the virtual environment and all outputs
-	rm -rf "$(VENV)" "$(VENV).lock" "$(VENV).log" demo_out dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf "$(VENV)" "$(VENV).lock" "$(VENV).log" demo_out fuzz_out benchmarks/out dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

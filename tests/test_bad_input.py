@@ -30,7 +30,6 @@ def lorasync(*words: str, **environment: str) -> tuple[int, str]:
     [
         (["versions", "--store", "pigeon://roof"], "Protocol not known: pigeon"),
         (["versions", "--store", "s3://"], "no bucket in the store URL"),
-        (["versions", "--store", "gs://bucket/x"], "the package for gs:// is not installed"),
         (["versions"], "Give --store URL or --config FILE"),
         (["versions", "--store", "/tmp", "--adapter", "../x"], "not an adapter name"),
         (["versions", "--store", "/tmp", "--limit", "-1"], "--limit must not be negative"),

@@ -182,7 +182,7 @@ def _delete_old(store: Store, layout: Layout, keep: int) -> None:
 class CheckpointWriter:
     """Writes behind the step, one at a time; a second waits for the first, but not for long.
 
-    A store that fails for a while, or is slow, costs a checkpoint, which is logged and counted in `missed`; the next one
+    A store that fails or is slow for a while costs a checkpoint, which is logged and counted in `missed`; the next one
     makes it good, and the step never waits longer than MAX_WAIT_S. Other errors come out of the next call.
     """
 

@@ -20,6 +20,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MAX_INPUT_BYTES = 8192
 MAX_MEMORY_MB = 1024
 MAX_SECONDS_OF_ONE = 10
+START_S = 120.0  # that a fuzzer may take on top of its time, to start and to end
 
 
 def main() -> int:
@@ -37,7 +38,7 @@ def main() -> int:
     print(f"seed {options.seed}; {seconds:.0f} s for each of 2 fuzzers on each of {len(targets)} targets", flush=True)
     failed = []
     for target in targets:
-        if not _properties(target, seconds, options) or not _coverage(target, seconds, options):
+        if not _properties(target, seconds, options) or not _coverage_in_time(target, seconds, options):
             failed.append(target)
     print(f"{len(failed)} of {len(targets)} targets failed{': ' if failed else ''}{', '.join(failed)}")
     return 1 if failed else 0
@@ -46,7 +47,21 @@ def main() -> int:
 def _properties(target: str, seconds: float, options: argparse.Namespace) -> bool:
     """Whether hypothesis found nothing."""
     words = [target, str(seconds), str(options.seed), str(options.out / f"{target}-hypothesis")]
-    return subprocess.run([sys.executable, "-m", "tests.fuzz.properties", *words], check=False).returncode == 0
+    command = [sys.executable, "-m", "tests.fuzz.properties", *words]
+    try:
+        return subprocess.run(command, check=False, timeout=2 * seconds + START_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{target}: hypothesis did not end", flush=True)
+        return False
+
+
+def _coverage_in_time(target: str, seconds: float, options: argparse.Namespace) -> bool:
+    """Whether libFuzzer found nothing and ended."""
+    try:
+        return _coverage(target, seconds, options)
+    except subprocess.TimeoutExpired:
+        print(f"{target}: atheris did not end", flush=True)
+        return False
 
 
 def _coverage(target: str, seconds: float, options: argparse.Namespace) -> bool:
@@ -68,6 +83,7 @@ def _coverage(target: str, seconds: float, options: argparse.Namespace) -> bool:
             text=True,
             errors="replace",
             check=False,
+            timeout=2 * seconds + START_S,
         )
         said = found.stdout + found.stderr
         executed = re.findall(r"number_of_executed_units: (\d+)", said) or re.findall(r"#(\d+)\s", said) or ["0"]
