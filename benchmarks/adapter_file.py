@@ -1,6 +1,6 @@
 """Our writer and reader of many tensors beside safetensors' save_file and load_file, on the same tensors.
 
-    write   header and bytes to a new file, not synced (save_file does not sync either)
+    write   header and bytes to a file, over an older one as save_file does, and not synced as it does not either
     map     the file mapped, its header checked strictly against what a manifest promises, every tensor a view
 
 `encode` comes before our write where a trainer publishes: 36,864 tensors scaled, converted and put in order.
@@ -17,7 +17,8 @@ from benchmarks.adapters import Size, specs
 from benchmarks.timing import Stopwatch
 from publisher.convert import AdapterSlice
 from publisher.shard import EncodedShard, encode
-from shared.adapter_files import TensorSpec, read_tensors
+from shared.adapter_files import TensorSpec, all_tensors
+from shared.parts import in_parts
 
 
 def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
@@ -28,14 +29,15 @@ def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in expected.items()}
     slices = [AdapterSlice(name, tensor, expected[name], (0, 0)) for name, tensor in tensors.items()]
     theirs, ours, watch = directory / "theirs.safetensors", directory / "ours.safetensors", Stopwatch()
+    loaded: dict[str, torch.Tensor] = {}
+    mapped: list[tuple[TensorSpec, memoryview]] = []
     for _ in range(repeats):
+        loaded, mapped = {}, []  # their files are about to be truncated
         gc.collect()
-        theirs.unlink(missing_ok=True)
         with watch("save_file"):
             save_file(tensors, theirs)
         with watch("encode"):
             shard = encode(slices, order, rank=size.rank, alpha=size.rank, encoding="bf16", aliases=False)
-        ours.unlink(missing_ok=True)
         gc.collect()
         with watch("write"):
             write(ours, shard)
@@ -52,16 +54,17 @@ def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
 
 
 def write(path: Path, shard: EncodedShard) -> None:
-    """What a store does with a shard's chunks, to a file."""
-    with path.open("xb", buffering=0) as file:
-        for chunk in shard.chunks():
-            rest = chunk
-            while len(rest):
-                rest = rest[file.write(rest) :]
+    """What a publisher hands to a store, to a file."""
+    with path.open("wb", buffering=0) as file:
+        for part in in_parts(shard.chunks()):
+            for chunk in part:
+                rest = chunk
+                while len(rest):
+                    rest = rest[file.write(rest) :]
 
 
 def map_tensors(path: Path, promised: list[TensorSpec]) -> list[tuple[TensorSpec, memoryview]]:
     """Every tensor as a view of the mapped file."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return list(read_tensors(memoryview(mapped), key=str(path), promised=promised))
+    return all_tensors(memoryview(mapped), key=str(path), promised=promised)

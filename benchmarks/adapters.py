@@ -6,6 +6,7 @@ import numpy as np
 
 from publisher.shard import EncodedShard, EncodedSlice
 from shared.adapter_files import TensorSpec
+from shared.cycles import collection_paused
 from shared.peft_names import expected_tensors
 
 BASE = {
@@ -58,6 +59,7 @@ def encoded(expected: dict[str, tuple[int, int]]) -> EncodedShard:
     return EncodedShard(slices, content.view(np.uint8).data, {})
 
 
+@collection_paused()
 def specs(expected: dict[str, tuple[int, int]]) -> list[TensorSpec]:
     """The same as a file's tensors."""
     return [TensorSpec(name, "BF16", shape) for name, shape in expected.items()]

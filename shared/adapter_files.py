@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shared import strict_json
+from shared.cycles import collection_paused
 from shared.errors import Corrupt
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
@@ -174,6 +175,14 @@ def read_tensors(
     data = view[data_start:]
     for spec, start, end in placed:
         yield spec, data[start:end]
+
+
+@collection_paused()
+def all_tensors(
+    content: bytes | memoryview, *, key: str, promised: Sequence[TensorSpec] | None = None
+) -> list[tuple[TensorSpec, memoryview]]:
+    """What `read_tensors` yields, at once."""
+    return list(read_tensors(content, key=key, promised=promised))
 
 
 def not_finite_at(dtype: str, content: bytes | memoryview) -> int | None:

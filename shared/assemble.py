@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shared.adapter_files import ITEM_BYTES, TensorSpec, demand_finite, header_bytes, read_tensors
+from shared.adapter_files import ITEM_BYTES, TensorSpec, all_tensors, demand_finite, header_bytes
 from shared.manifest import Manifest
 from shared.shard_contents import demand_same, promised_tensors
 from shared.tensor_table import Tensor
@@ -57,7 +57,7 @@ def _open(
     for number, (path, promised) in enumerate(zip(shards, promised_tensors(manifest, expected), strict=True)):
         file = stack.enter_context(path.open("rb"))
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        tensors = list(read_tensors(memoryview(mapped), key=manifest.shards[number].key, promised=promised))
+        tensors = all_tensors(memoryview(mapped), key=manifest.shards[number].key, promised=promised)
         found = [spec for spec, _ in tensors]
         if found != promised:
             demand_same(manifest, number, promised, found)
