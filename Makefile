@@ -41,7 +41,7 @@ fuzz: setup ## fuzz the parsers for MINUTES=10
 	@"$(VENV)/bin/python" -m tests.fuzz --minutes $(MINUTES)
 
 bench-store: setup ## time publishing, reading and the S3 clients; writes benchmarks/out/store.json
-	@"$(VENV)/bin/python" benchmarks/store.py $(ARGS)
+	@"$(VENV)/bin/python" -m benchmarks.store $(ARGS)
 
 lint: setup ## style, types and arrows
 	@"$(VENV)/bin/ruff" check .
