@@ -33,7 +33,7 @@ test-s3: setup ## install and start a single-node Ceph (Debian's packages, as ro
 
 soak: export OMP_NUM_THREADS ?= 1
 soak: setup ## the tests that take minutes, and SEEDS=50000 simulated runs
-	@"$(VENV)/bin/python" -m tests.simulation --seeds 0..$(SEEDS) --jobs 2
+	@"$(VENV)/bin/python" -m tests.simulation --seeds 0..$(SEEDS) --jobs $(shell nproc)
 	@"$(VENV)/bin/python" -m pytest -m soak $(ARGS)
 
 fuzz: setup ## fuzz the parsers for MINUTES=10
