@@ -13,7 +13,8 @@ from shared.status import Status, number
 
 def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a version."""
-    table = Table("version", right("step"), right("bytes"), "parent", "submitted at", "receipts", box=None)
+    submitted = Column("submitted at", no_wrap=True)
+    table = Table("version", right("step"), right("bytes"), "parent", submitted, "receipts", box=None)
     for row in rows:
         if "corrupt" in row:
             table.add_row(row["version"], "", "", "", "CORRUPT", " ".join(row["receipts"]))
