@@ -242,7 +242,7 @@ class Agent:
         """
         unloaded = [version for version in sorted(self._loaded) if self._router.idle(version)]
         if unloaded or self._retired:
-            self._delivery.sweep(keep=set(self._loaded))
+            self._delivery.sweep(keep=set(self._loaded), fetching=self._at_hand)
         self._retired = bool(unloaded)
         for version in unloaded:
             self._unload(version)

@@ -156,11 +156,16 @@ class Delivery:
         with contextlib.suppress(StoreError):  # it lapses
             self._lease.release()
 
-    def sweep(self, keep: Collection[Version]) -> None:
-        """Delete cached versions but these, and what a killed fetch left behind."""
+    def sweep(self, keep: Collection[Version], fetching: Version | None = None) -> None:
+        """Delete cached versions but these, and what a killed fetch left behind.
+
+        Args:
+            fetching: the version at hand, whose fetch goes on with what it has when it is tried again.
+        """
         kept = {str(version) for version in keep}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if path.name not in kept:
+            at_hand = fetching is not None and path.name.startswith(f".{fetching}.")
+            if path.name not in kept and not at_hand:
                 shutil.rmtree(path, ignore_errors=True)
 
     def forget(self) -> None:

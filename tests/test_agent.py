@@ -17,6 +17,7 @@ from rollout.watch import Watcher
 from shared import strict_json
 from shared.base_model import identify
 from shared.catalog import Catalog
+from shared.errors import StoreError
 from shared.fetch import fetch
 from shared.manifest import VOID, Canary
 from shared.store import Store
@@ -284,6 +285,25 @@ def test_files_that_no_loaded_version_needs_are_deleted(bench: Bench) -> None:
     for _ in range(3):
         bench.agent.tick()
     assert [path.name for path in (bench.folder / "cache" / ADAPTER).iterdir()] == ["0001-000001"]
+
+
+def test_what_a_cut_off_download_has_is_kept_for_its_next_try(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.agent = bench.new_agent(retry_wait_s=1000.0)
+    for number in (0, 1):  # the second one unloads the first: the next round deletes files
+        bench.publish(number)
+        bench.agent.tick()
+    latest = bench.publish(2)
+
+    def cut_off(key: str, start: int, end: int) -> bytes:
+        raise StoreError("connection reset", op="get", key=key, retryable=True)
+
+    monkeypatch.setattr(bench.store, "get_range", cut_off)
+    bench.agent.tick()
+    cache = bench.folder / "cache" / ADAPTER
+    assert [path.name for path in cache.glob(f".{latest}.*")]
+    assert bench.agent.tick() is Action.WAIT
+    assert [path.name for path in cache.glob(f".{latest}.*/*.safetensors")] == ["adapter_model.safetensors"]
+    assert not (cache / "0001-000000").exists(), "what nobody needs went"
 
 
 def test_a_lost_unload_reply_blames_no_version_and_holds_up_nothing(bench: Bench) -> None:
