@@ -4,13 +4,15 @@
              put data/{version}/{attempt}/rank-r.json             ... its record says so
              list the records; all of them there?  build the manifest from them, put it if absent
              (rank 0 at once, the others only if it has not done so within a grace)
-             overwrite LATEST
+             look at the fence once more, then overwrite LATEST
 
 The manifest is a function of the records and of what every rank knows alike (rank 0's record carries the rest: training
 metrics and canary), so several ranks may race to put it: they write the same bytes.
 A death before the manifest leaves an attempt that no reader sees, and that the collector (`publisher.collect`) voids
 in the end: who comes to commit it after that is told so. A death after it leaves a stale LATEST, which the readers'
 listing makes good.
+Who was succeeded between its look at the fence and its manifest is told so: the manifest stands, no reader takes it
+after the successor's, and LATEST is the successor's.
 """
 
 import contextlib
@@ -198,7 +200,8 @@ def commit(
         The committed manifest, or None while records are missing.
 
     Raises:
-        Fenced: a later epoch was claimed, or this version's name holds another life's manifest.
+        Fenced: a later epoch was claimed, be it while we committed, or this version's name holds another life's
+            manifest.
         Corrupt: the version is not whole; nothing is committed.
         StoreError: the store failed, or the attempt was collected as an orphan.
     """
@@ -210,6 +213,7 @@ def commit(
     demand_unfenced(store, layout, claim.epoch, op="commit")
     if rank == 0 or not _committed_by_another(store, layout, manifest, grace_s, wait):
         put_manifest(store, layout, manifest)
+    demand_unfenced(store, layout, claim.epoch, op="commit")
     put_hint(store, layout, manifest)
     return manifest
 

@@ -120,8 +120,8 @@ def roll_back(
     )
     demand_unfenced(store, layout, claim.epoch, op="rollback")
     put_manifest(store, layout, manifest)
-    put_hint(store, layout, manifest)
     demand_unfenced(store, layout, claim.epoch, op="rollback")
+    put_hint(store, layout, manifest)
     return manifest
 
 

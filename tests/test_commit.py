@@ -11,7 +11,7 @@ from publisher.epochs import Claim, claim_epoch
 from publisher.shard import encode
 from shared.base_model import identify
 from shared.catalog import Catalog
-from shared.errors import StoreError
+from shared.errors import Fenced, StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
 from shared.manifest import VOID, LoraShape, Manifest
@@ -101,3 +101,21 @@ def test_every_rank_is_told_of_a_void(bench: Bench, rank: int):
     with pytest.raises(StoreError, match="the attempt was collected before it was committed"):
         bench.commit(rank)
     assert bench.catalog.newest() is None and bench.catalog.hint() == (None, "")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_succeeded_just_before_its_manifest_is_told_so_and_leaves_the_hint_alone(
+    bench: Bench, rank: int, monkeypatch: pytest.MonkeyPatch
+):
+    put = bench.store.put_if_absent
+
+    def succeeded(key: str, content: bytes) -> bool:
+        monkeypatch.setattr(bench.store, "put_if_absent", put)
+        claim_epoch(bench.store, LAYOUT)
+        return put(key, content)
+
+    monkeypatch.setattr(bench.store, "put_if_absent", succeeded)
+    with pytest.raises(Fenced, match="epoch 2 was claimed after our epoch 1"):
+        bench.commit(rank)
+    assert bench.catalog.versions() == [VERSION], "it stands: no reader takes it after the successor's"
+    assert bench.catalog.hint() == (None, "")

@@ -180,6 +180,7 @@ def test_a_trainer_that_starts_in_the_middle_of_a_rollback_wins_and_it_is_said(s
     store.put_if_absent = start_first  # type: ignore[method-assign]
     with pytest.raises(Fenced, match="epoch 3 was claimed"):
         go_back(catalog, v(1))
+    assert catalog.hint() == (None, ""), "LATEST is the trainer's"
 
 
 def test_a_rollback_that_died_half_way_holds_nobody_up_and_is_voided_in_the_end(store: LocalStore, catalog: Catalog):
