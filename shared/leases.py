@@ -16,14 +16,16 @@ versions that were added since would look unused; under names that are never reu
 """
 
 import contextlib
+import functools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shared import strict_json
+from shared.catalog import at_once
 from shared.errors import Corrupt, KeyMissing, StoreError, UsageError
 from shared.layout import Layout
 from shared.store import Entry, Store
@@ -37,7 +39,7 @@ FORGET_AFTER_S = 86400.0  # its reader is long dead: its object may go
 RENEWALS = 3  # in ttl_s
 GRAIN_S = 5.0  # of a store's times: S3 tells whole seconds, and its servers' clocks differ a little
 MAX_LEASE_BYTES = 100_000
-MAX_LOOKS = 10  # at leases that move while they are read
+MAX_LOOKS = 10  # for leases that moved before they were read; each reads only what the ones before had not listed
 
 
 class Lease:
@@ -196,7 +198,10 @@ class Leased:
 
 
 def read_leases(store: Store, layout: Layout, now: float) -> Leased:
-    """The leases that are live, whoever moves between two objects while we look: one listing, and a read of each.
+    """The leases that are live, whoever moves between two objects while we look: a listing, and a read of each.
+
+    An object that is gone when it is read was left for another, which the next listing has. What was read is not read
+    again, for an object's bytes never change: so a fleet that moves all the time is read to the end.
 
     Args:
         now: from `store_now`, taken before this is called.
@@ -204,38 +209,56 @@ def read_leases(store: Store, layout: Layout, now: float) -> Leased:
     Raises:
         StoreError: the store failed, or its leases would not stand still.
     """
+    known: dict[str, _Said] = {}
     for _ in range(MAX_LOOKS):
-        try:
-            return _look(store, layout, now)
-        except KeyMissing:  # moved on since the listing, perhaps to an object that the listing has not
-            continue
+        entries = store.list(layout.leases)
+        young = [entry.key for entry in entries if now - entry.modified <= MAX_TTL_S + GRAIN_S]
+        missing = False
+        for said in at_once(functools.partial(_read, store), [key for key in young if key not in known]):
+            if said is None:
+                missing = True
+            else:
+                known[said.key] = said
+        if not missing:
+            return _leased(entries, known, now)
     raise StoreError(
         f"leases moved during each of {MAX_LOOKS} looks", op="read leases", key=layout.leases, retryable=True
     )
 
 
-def _look(store: Store, layout: Layout, now: float) -> Leased:
+@dataclass(frozen=True)
+class _Said:
+    """What a lease's object says; None where it can't be read."""
+
+    key: str
+    versions: tuple[Version, ...] | None
+    ttl_s: float
+
+
+def _read(store: Store, key: str) -> _Said | None:
+    """One object; None if it is gone."""
+    try:
+        body = strict_json.load_object(store.get(key, MAX_LEASE_BYTES), key=key, max_bytes=MAX_LEASE_BYTES)
+        return _Said(key, tuple(Version.parse(text) for text in body["versions"]), float(body["ttl_s"]))
+    except KeyMissing:
+        return None
+    except (Corrupt, LookupError, TypeError, ValueError, UsageError):
+        return _Said(key, None, MAX_TTL_S)
+
+
+def _leased(entries: Iterable[Entry], known: Mapping[str, _Said], now: float) -> Leased:
     holders: dict[Version, tuple[str, ...]] = {}
     unreadable, lapsed = [], []
-    for entry in store.list(layout.leases):
+    for entry in entries:
         name = entry.key.rsplit("/", 1)[-1].removesuffix(".json")
-        if now - entry.modified > MAX_TTL_S + GRAIN_S:
+        said = known.get(entry.key)
+        if said is None or now - entry.modified > said.ttl_s + GRAIN_S:
             lapsed.append(entry)
-            continue
-        try:
-            body = strict_json.load_object(
-                store.get(entry.key, MAX_LEASE_BYTES), key=entry.key, max_bytes=MAX_LEASE_BYTES
-            )
-            ttl_s = float(body["ttl_s"])
-            versions = [Version.parse(text) for text in body["versions"]]
-        except (Corrupt, LookupError, TypeError, ValueError, UsageError):
+        elif said.versions is None:
             unreadable.append(f"unreadable lease {name!a}")
-            continue
-        if now - entry.modified <= ttl_s + GRAIN_S:
-            for version in versions:
-                holders[version] = (*holders.get(version, ()), name.rpartition("-")[0])
         else:
-            lapsed.append(entry)
+            for version in said.versions:
+                holders[version] = (*holders.get(version, ()), name.rpartition("-")[0])
     return Leased(holders, tuple(unreadable), tuple(lapsed))
 
 

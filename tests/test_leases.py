@@ -1,5 +1,6 @@
 """Leases: written when something changes or it is time, counted on the store's clock, safe from late writes."""
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -147,6 +148,41 @@ def test_a_reader_that_moves_to_another_object_while_it_is_looked_for_is_found(s
 
     store.get = move_first  # type: ignore[attr-defined]
     assert set(held(store)) == {V1, V2}
+
+
+def test_a_fleet_that_moves_all_the_time_is_read_to_the_end_and_nothing_is_read_twice(store: ClockedStore):
+    """Each read of an object comes as the next node takes a new version: its object moves, read or not."""
+    leases = [Lease(store, LAYOUT, f"node-{number:02d}", life="a") for number in range(40)]
+    for lease in leases:
+        lease.take({V1})
+    get, read, one_by_one = store.inner.get, list[str](), threading.Lock()
+
+    def move_another_first(key: str, max_bytes: int | None = None) -> bytes:
+        with one_by_one:
+            read.append(key)
+            if len(read) <= len(leases):
+                leases[-len(read)].take({V1, V2})
+            return get(key, max_bytes)
+
+    store.get = move_another_first  # type: ignore[attr-defined]
+    found = read_leases(store, LAYOUT, store_now(store, LAYOUT))
+    assert sorted(found.holders(V1)) == sorted(found.holders(V2)) == [f"node-{n:02d}-a" for n in range(40)]
+    assert len(set(read)) == len(read)
+
+
+def test_leases_that_never_stand_still_are_said_and_not_guessed(store: ClockedStore):
+    lease = Lease(store, LAYOUT, "node")
+    lease.take({V1})
+    get, versions = store.inner.get, itertools.cycle([V2, V3])
+
+    def move_first(key: str, max_bytes: int | None = None) -> bytes:
+        lease.take({V1, next(versions)})
+        return get(key, max_bytes)
+
+    store.get = move_first  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="leases moved") as caught:
+        held(store)
+    assert caught.value.retryable
 
 
 def test_a_lease_that_cannot_be_read_counts_for_every_version_until_it_is_an_hour_old(store: ClockedStore):

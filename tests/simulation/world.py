@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from unittest import mock
 
-from shared import parts, strict_json, transfer
+from shared import leases, parts, strict_json, transfer
 from shared.catalog import MAX_HINT_BYTES, Catalog
 from shared.fates import Fates
 from shared.versions import Version
@@ -213,6 +213,7 @@ def _seeded(seed: int) -> Iterator[None]:
         with (
             mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=rng.getrandbits(128), version=4)),
             mock.patch.object(parts, "ThreadPoolExecutor", _OnThisThread),
+            mock.patch.object(leases, "at_once", lambda read, items: [read(item) for item in items]),
             mock.patch.object(transfer, "work_through", _work_through),
             without_disk(),
         ):
