@@ -60,7 +60,7 @@ class ShardContents:
         return cls(shard, place(specs), len(header), header)
 
     def look(self, start: int, content: memoryview) -> None:
-        """Take note of the bytes at `start`. What they tell counts once their digest has matched."""
+        """Take note of the bytes at `start`: never of some that are fetched anew, for notes stay."""
         header = self._header[start : start + len(content)]
         if header and header != bytes(content[: len(header)]):
             self.as_promised = False

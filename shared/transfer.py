@@ -1,8 +1,9 @@
 """A shard's bytes from the store, part by part, a few at once: into a file, or only past a pair of eyes.
 
-Promises: nothing is written before its digest matched; a download that was cut off (killed, or the power went) goes on
-where it was, without a journal: what stands in the file is digested again, and only what does not match is fetched;
-the first error ends it at once, and nothing is written afterwards; memory: `threads` parts.
+Promises: nothing is written, and nothing of a download is shown, before its digest matched; a download that was cut off
+(killed, or the power went) goes on where it was, without a journal: what stands in the file is digested again, and only
+what does not match is fetched; the first error ends it at once, and nothing is written afterwards; memory: `threads`
+parts.
 Does not: decide who may write to the file (`shared.partial`), check that the disk has room (`shared.fetch`), or repeat
 a request (`shared.retry`, below the store).
 """
@@ -23,7 +24,7 @@ from shared.store import Store
 THREADS = 4
 CACHED_BYTES = 1 << 20  # of a local file, read at a time: what is looked at twice is still in the processor's cache
 
-Look = Callable[[int, memoryview], None]  # (where in the shard, bytes there whose digest is not known yet)
+Look = Callable[[int, memoryview], None]  # (where in the shard, bytes there)
 
 
 def _unseen(_start: int, _content: memoryview) -> None:
@@ -34,7 +35,7 @@ def download(store: Store, shard: Shard, path: Path, *, look: Look = _unseen, th
     """Bring a shard into a file, which may hold some of it already.
 
     Args:
-        look: is shown every part, in any order, from several threads.
+        look: is shown every part, in any order, from several threads, and nothing that did not match.
 
     Raises:
         Corrupt: a part whose bytes do not match, or an object of another size.
@@ -50,7 +51,7 @@ def download(store: Store, shard: Shard, path: Path, *, look: Look = _unseen, th
 
         def bring(number: int, over: threading.Event) -> None:
             start, end = _bounds(shard, number)
-            if end <= there and _digest(file, start, end, look) == shard.parts[number]:
+            if end <= there and _holds(file, shard, number, look):
                 return
             if over.is_set():
                 return
@@ -72,7 +73,7 @@ def verify(store: Store, shard: Shard, *, look: Look = _unseen, threads: int = T
     """Check a stored shard's parts where they are.
 
     Args:
-        look: is shown all of it, in any order, from several threads.
+        look: is shown all of it, in any order, from several threads. What it saw counts only if nothing is raised.
 
     Raises:
         Corrupt, KeyMissing, StoreError: see `download`.
@@ -107,7 +108,7 @@ def file_digests(path: Path) -> tuple[str, ...]:
 
         def read(number: int, _over: threading.Event) -> None:
             start = starts[number]
-            found[number] = _digest(file, start, min(start + PART_BYTES, size), _unseen)
+            found[number] = _digest(file, start, min(start + PART_BYTES, size))
 
         work_through(range(len(starts)), read, HASH_THREADS)
     return tuple(found)
@@ -133,12 +134,21 @@ def _demand_digest(shard: Shard, number: int, found: str) -> None:
         raise Corrupt(f"part {number} does not match its digest", op="verify shard", key=shard.key)
 
 
-def _digest(file: FileIO, start: int, end: int, look: Look) -> str:
+def _holds(file: FileIO, shard: Shard, number: int, look: Look) -> bool:
+    """Whether a file holds a part already; shows it, if so."""
+    start, end = _bounds(shard, number)
+    content = _read(file, memoryview(bytearray(end - start)), start)
+    if hashlib.sha256(content).hexdigest() != shard.parts[number]:
+        return False
+    look(start, content)
+    return True
+
+
+def _digest(file: FileIO, start: int, end: int) -> str:
     """sha256 of a file's bytes from `start` to `end`, or to where it ends."""
     buffer, found = memoryview(bytearray(CACHED_BYTES)), hashlib.sha256()
     while content := _read(file, buffer[: end - start], start):
         found.update(content)
-        look(start, content)
         start += len(content)
     return found.hexdigest()
 

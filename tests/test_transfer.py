@@ -112,6 +112,18 @@ def test_only_what_does_not_match_is_fetched_again(store: Counting, tmp_path: Pa
     assert store.parts_asked() == list(missing)
 
 
+def test_what_was_found_and_does_not_match_is_not_shown(store: Counting, tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(3 * SMALL_PART) + CONTENT[3 * SMALL_PART : -1] + b"\xff")
+    wrong = list[int]()
+
+    def look(start: int, content: memoryview) -> None:
+        if content != CONTENT[start : start + len(content)]:
+            wrong.append(start)
+
+    download(store, shard_of(CONTENT), tmp_path / "file", look=look)
+    assert wrong == [] and store.parts_asked() == [0, 1, 2, 20]
+
+
 @pytest.mark.parametrize("changed", [CONTENT[:-1], CONTENT + b"x", CONTENT[:5000] + b"\xff" + CONTENT[5001:], b""])
 def test_a_damaged_object_is_corrupt_and_none_of_its_bad_bytes_is_written(
     store: Counting, tmp_path: Path, changed: bytes
@@ -292,6 +304,24 @@ def test_a_shard_that_arrives_whole_is_not_needed_twice(store: Counting, manifes
         (mine / WEIGHTS).write_bytes(store.get(manifests[0].shards[0].key))
     get(store, manifests[0], out)
     assert store.asked == []
+
+
+@pytest.mark.parametrize("where", ["values", "header", "all"])
+def test_what_a_power_failure_left_of_a_good_version_does_not_condemn_it(
+    store: Counting, manifests: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    """NaN among the values; a hole where the header will be, which must not have it put together anew either."""
+    monkeypatch.setattr(fetch_module, "assemble", None)
+    out, content = tmp_path / "out", store.get(manifests[0].shards[0].key)
+    left = {
+        "values": content[:-2] + b"\xc0\x7f",
+        "header": bytes(SMALL_PART) + content[SMALL_PART:],
+        "all": b"\xff" * len(content),
+    }
+    with partial_directory(out, manifests[0].digest) as mine:
+        (mine / WEIGHTS).write_bytes(left[where])
+    get(store, manifests[0], out)
+    assert (out / WEIGHTS).read_bytes() == content
 
 
 def test_verify_writes_nothing_and_names_the_tensor_on_every_store(
