@@ -65,8 +65,7 @@ class Fates:
         """The versions that have a log, and the number of its last entry: one listing."""
         last: dict[Version, int] = {}
         for entry in self._store.list(self._layout.fates):
-            version, n = version_of(entry.key), _number(entry.key)
-            if version and n:
+            if (version := version_of(entry.key)) and (n := self._number(version, entry.key)):
                 last[version] = max(n, last.get(version, 0))
         return last
 
@@ -87,7 +86,7 @@ class Fates:
     def last(self, version: Version) -> Entry | None:
         """The entry that counts, or None: one listing and one read."""
         folder = self._layout.fate(version, 0).rsplit("/", 1)[0]
-        n = max((_number(entry.key) for entry in self._store.list(folder)), default=0)
+        n = max((self._number(version, entry.key) for entry in self._store.list(folder)), default=0)
         return self.entry(version, n) if n else None
 
     def pin(self, version: Version, reason: str = "") -> bool:
@@ -146,8 +145,8 @@ class Fates:
         problem = f"others kept writing its fate, {MAX_TRIES} times"
         return StoreError(problem, op="write fate", version=str(version), retryable=True)
 
-
-def _number(key: str) -> int:
-    """An entry's number; 0 for a key of another form."""
-    name = key.rsplit("/", 1)[-1].removesuffix(".json")
-    return int(name) if name.isdecimal() else 0
+    def _number(self, version: Version, key: str) -> int:
+        """An entry's number; 0 for a key that is not this version's entry."""
+        name = key.rsplit("/", 1)[-1].removesuffix(".json")
+        n = int(name) if name.isdecimal() else 0
+        return n if key == self._layout.fate(version, n) else 0

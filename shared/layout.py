@@ -25,7 +25,10 @@ from shared.versions import ADAPTER_NAME, Version
 
 LAYOUT = 1
 
-_STEM = re.compile(r"(\d{8})-(\d{12})")
+_STEM = "([0-9]{8})-([0-9]{12})"
+_MANIFEST = re.compile(rf"manifests/{_STEM}\.json")
+_BELOW = re.compile(rf"(?:data|fates|receipts|trajectories|evaluations)/{_STEM}/.+", re.DOTALL)
+_ROLLBACK = re.compile(rf"rollbacks/{_STEM}/{_STEM}\.json")
 
 
 @dataclass(frozen=True)
@@ -150,16 +153,16 @@ def stem(version: Version) -> str:
 
 
 def version_of(key: str) -> Version | None:
-    """The version that a key below manifests/, data/, fates/, receipts/, trajectories/ or evaluations/ is about."""
-    for part in key.split("/")[2:]:
-        match = _STEM.fullmatch(part.removesuffix(".json"))
-        if match:
-            return Version(int(match[1]), int(match[2]))
-    return None
+    """The version that a key below manifests/, data/, fates/, receipts/, trajectories/ or evaluations/ is about.
+
+    None for a key of another form: a copy that somebody made beside them (manifests/backup/...) speaks for no version.
+    """
+    name = key.partition("/")[2]
+    match = _MANIFEST.fullmatch(name) or _BELOW.fullmatch(name)
+    return Version(int(match[1]), int(match[2])) if match else None
 
 
 def rollback_of(key: str) -> tuple[Version, Version] | None:
     """(source, version) of a key below rollbacks/; None for a key of another form."""
-    source, last = version_of(key), key.rsplit("/", 1)[-1]
-    match = _STEM.fullmatch(last.removesuffix(".json"))
-    return (source, Version(int(match[1]), int(match[2]))) if source and match else None
+    match = _ROLLBACK.fullmatch(key.partition("/")[2])
+    return (Version(int(match[1]), int(match[2])), Version(int(match[3]), int(match[4]))) if match else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -364,6 +365,42 @@ def test_what_somebody_else_put_there_under_odd_names_stays_and_holds_nobody_up(
     run(store)
     assert alive(store) == [2, 3] and all(path.exists() for path in odd)
     assert data_of(store, v(0)) == [str(odd[0].relative_to(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    "void",
+    ["backup/00000001-000000000005.json", "00000001-000000000005", "00000001-\u0660" + "\u0660" * 10 + "\u0665.json"],
+)
+def test_a_void_under_a_name_that_only_resembles_a_manifests_costs_no_version_its_data(tmp_path: Path, void: str):
+    store = open_store(str(tmp_path))
+    put_versions(store, range(6))
+    copy = tmp_path / "policy" / "manifests" / void
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(VOID)
+    run(store, Rule())
+    assert alive(store) == list(range(6)) and all(data_of(store, v(n)) for n in range(6)) and copy.exists()
+
+
+def test_a_copy_of_every_manifest_beside_them_is_no_version(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    put_versions(store, range(5))
+    for folder in ("manifests", "data"):
+        shutil.copytree(tmp_path / "policy" / folder, tmp_path / "copy")
+        (tmp_path / "copy").rename(tmp_path / "policy" / folder / "backup")
+    assert [version.number for version in run(store).collected] == [0, 1, 2]
+    assert (alive(store), run(store).collected) == ([3, 4], ())
+    assert len(list((tmp_path / "policy" / "data" / "backup").rglob("*.safetensors"))) == 5
+
+
+def test_a_fate_that_lies_somewhere_else_is_none(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    put_versions(store, range(2))
+    log = LAYOUT.fate(v(0), 1).removesuffix("/000001.json")
+    for name in ("backup/000001.json", "1.json", "000001"):
+        store.put(f"{log}/{name}", b'{"at":1,"by":"x","fate":"pinned","reason":""}')
+    fates = Fates(store, LAYOUT)
+    assert (fates.logged(), fates.last(v(0))) == ({}, None)
+    assert fates.pin(v(0)) and fates.logged() == {v(0): 1}
 
 
 def test_a_store_that_fails_in_the_middle_costs_nothing_but_another_run(store: ClockedStore):

@@ -16,7 +16,7 @@ from shared.base_model import BaseIdentity, identify, read_base_config
 from shared.catalog import Catalog, check_layout
 from shared.errors import Corrupt, UsageError, WrongBase
 from shared.fetch import WEIGHTS, fetch
-from shared.layout import Layout, version_of
+from shared.layout import Layout, rollback_of, version_of
 from shared.manifest import Canary, LoraShape, Manifest, Parent, Shard, Signature
 from shared.peft_names import expected_tensors, wire_order
 from shared.stores import open_store
@@ -296,6 +296,35 @@ def test_an_adapter_that_is_named_like_a_version_does_not_confuse_its_keys():
     assert version_of(layout.manifest(Version(1, 2))) == Version(1, 2)
     assert version_of(layout.receipt(Version(1, 2), "node")) == Version(1, 2)
     assert version_of(layout.latest) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "policy/manifests/backup/00000001-000000000002.json",
+        "policy/manifests/00000001-000000000002.json/00000001-000000000002.json",
+        "policy/manifests/00000001-000000000002",
+        "policy/manifests/00000001-000000000002.json.json",
+        "policy/manifests/\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661-000000000002.json",
+        "policy/data/backup/00000001-000000000002/abc/rank-00000.safetensors",
+        "policy/data/00000001-000000000002",
+        "policy/fates/backup/00000001-000000000002/000001.json",
+        "policy/leases/00000001-000000000002/000001.json",
+    ],
+)
+def test_a_key_that_only_contains_a_versions_name_is_not_about_it(key: str):
+    assert version_of(key) is None
+
+
+def test_a_rollbacks_marker_is_known_by_its_whole_key():
+    marker = Layout("policy").rollback(Version(1, 2), Version(2, 2))
+    assert rollback_of(marker) == (Version(1, 2), Version(2, 2))
+    for other in (
+        marker.replace("rollbacks/", "rollbacks/backup/"),
+        marker.removesuffix(".json"),
+        marker.replace("2.j", "\u0662.j"),
+    ):
+        assert rollback_of(other) is None
 
 
 @pytest.mark.parametrize("hint", [b"", b"{}", b'{"epoch":-1,"version":1}', b'{"epoch":1,"version":[]}', b"\xff" * 9])
