@@ -8,7 +8,7 @@ Promises: what was taken before the manifest was read stays until the lease is r
 `ttl_s` (its reader is dead or cut off). Ages are counted on the store's own clock, against a probe written just now, so
 no host's clock matters; the reader itself only counts seconds since its last write.
 Does not: protect who takes no lease; a version that is gone in mid-download is looked for again. Who may only read does
-without, and is told once.
+without, is told once, and tries again every `ttl_s`.
 
 Every set of versions is a new object, `leases/{holder}-{n}.json`; renewals write the same bytes over the same one. A
 write that timed out may still be carried out later. Under one name it would then stand over its successor, and the
@@ -69,7 +69,7 @@ class Lease:
         self._versions: frozenset[Version] = frozenset()  # what the object says
         self._n = self._used = 0  # the object's number, and the last one that was ever tried
         self._written_at = 0.0
-        self._refused = False  # by a store that takes no leases from us
+        self._refused_at: float | None = None  # by a store that takes no leases from us, last
 
     @property
     def versions(self) -> frozenset[Version]:
@@ -86,7 +86,7 @@ class Lease:
         """
         with self._lock:
             wanted = frozenset(versions)
-            if self._refused:
+            if self._barred():
                 return
             if not wanted:
                 self._release()
@@ -148,11 +148,15 @@ class Lease:
             ended.set()
             thread.join()
 
+    def _barred(self) -> bool:
+        """Whether we were refused a moment ago. A refusal may pass (credentials are renewed), so it is asked again."""
+        return self._refused_at is not None and self._clock() - self._refused_at < self._ttl_s
+
     def _due(self) -> bool:
         return self._clock() - self._written_at >= self._ttl_s / RENEWALS
 
     def _renew(self) -> None:
-        if self._versions and self._due():
+        if self._versions and self._due() and not self._barred():
             self._put(self._n, self._versions)
 
     def _write_anew(self, versions: frozenset[Version]) -> None:
@@ -160,7 +164,7 @@ class Lease:
         before, held = self._n, bool(self._versions)
         self._used += 1
         self._put(self._used, versions)
-        if held and not self._refused:
+        if held and self._refused_at is None:
             try:
                 self._store.delete(self._layout.lease(self._holder, before))
             except StoreError as error:
@@ -174,10 +178,13 @@ class Lease:
         except StoreError as error:
             if error.retryable:
                 raise
-            log.warning("the store takes no lease from us, reading without: %s", error)
-            self._refused = True
+            if self._refused_at is None:
+                log.warning("the store takes no lease from us, reading without: %s", error)
+            self._refused_at = began
             return
-        self._n, self._versions, self._written_at = n, versions, began
+        if self._refused_at is not None:
+            log.info("lease %s taken, which was refused before", self._holder)
+        self._n, self._versions, self._written_at, self._refused_at = n, versions, began, None
 
     def _release(self) -> None:
         if self._versions:
@@ -264,13 +271,14 @@ def _leased(entries: Iterable[Entry], known: Mapping[str, _Said], now: float) ->
 
 def store_now(store: Store, layout: Layout) -> float:
     """The time by the store's own clock, in Unix seconds: that of an object written just now. Three requests."""
-    folder = f"{layout.probes}/clock-{uuid.uuid4().hex}"
-    store.put(f"{folder}/now", b"now")
+    key = f"{layout.probes}/clock-{uuid.uuid4().hex}"
+    store.put(key, b"now")
     try:
-        entries = store.list(folder)
+        entries = store.list(layout.probes, after=key[:-1])
     finally:
         with contextlib.suppress(StoreError):
-            store.delete(f"{folder}/now")
-    if not entries:
-        raise StoreError("an object written just now is not listed", op="read the store's clock", key=folder)
-    return entries[0].modified
+            store.delete(key)
+    for entry in entries:
+        if entry.key == key:
+            return entry.modified
+    raise StoreError("an object written just now is not listed", op="read the store's clock", key=key)

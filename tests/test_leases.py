@@ -69,6 +69,13 @@ def test_the_stores_clock_is_that_of_an_object_written_just_now_and_leaves_nothi
     assert any_store.list(LAYOUT.probes) == []
 
 
+def test_reading_the_clock_of_a_directory_leaves_no_directories(tmp_path: Path):
+    local = open_store(str(tmp_path))
+    for _ in range(5):
+        store_now(local, LAYOUT)
+    assert list((tmp_path / LAYOUT.probes).iterdir()) == []
+
+
 def test_a_held_lease_is_written_once_in_a_third_of_its_time(store: ClockedStore):
     clock = Clock()
     lease = Lease(store, LAYOUT, "node", clock=clock)
@@ -208,7 +215,37 @@ def test_who_may_not_write_is_told_once_and_reads_without(store: ClockedStore, c
         with lease.holding({version}):
             assert lease.versions == frozenset()
     assert len(tries) == 1
-    assert [record.message for record in caplog.records if "reading without" in record.message] != []
+    assert len([record.message for record in caplog.records if "reading without" in record.message]) == 1
+
+
+def test_a_refusal_that_passes_is_forgotten_after_the_leases_time(
+    store: ClockedStore, caplog: pytest.LogCaptureFixture
+):
+    clock, refuses = Clock(), [True]
+
+    def refuse(op: str, key: str) -> None:
+        if refuses[0] and "/leases/" in key:
+            raise StoreError("ExpiredToken", op=op, key=key)
+
+    store.before = refuse
+    lease = Lease(store, LAYOUT, "node", clock=clock)
+    for _ in range(3):
+        lease.take({V1})
+        clock.now += TTL_S
+    refuses[0] = False
+    lease.take({V1})
+    assert set(held(store)) == {V1}
+    refuses[0] = True
+    clock.now += TTL_S / 3
+    lease.renew()
+    refuses[0] = False
+    clock.now += TTL_S - 1
+    lease.take({V1, V2})
+    assert set(held(store)) == {V1}, "asked a moment ago"
+    clock.now += 1
+    lease.take({V1, V2})
+    assert set(held(store)) == {V1, V2}
+    assert len([record.message for record in caplog.records if "reading without" in record.message]) == 2
 
 
 def test_a_block_holds_and_lets_go_even_if_it_fails(store: ClockedStore):
