@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from publisher.epochs import claim_epoch
+from publisher.resume import places
 from shared import strict_json
 from shared.errors import Corrupt, Fenced, StoreError
 from shared.layout import Layout
@@ -142,6 +143,52 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(store, damage):
     assert found is not None and found.step == 5
 
 
+class Racing(LocalStore):
+    """A healthy trainer writes two checkpoints and so deletes those before, each time that a state is asked for."""
+
+    asked_for, times = "", 0
+
+    def get(self, key: str, max_bytes: int | None = None) -> bytes:
+        if key.endswith(self.asked_for) and self.times:
+            self.times -= 1
+            epoch, step = places(self, LAYOUT)[-1]
+            for later in (5, 10):
+                write(LocalStore(self.url), LAYOUT, checkpoint(epoch, step + later))
+        return super().get(key, max_bytes)
+
+
+@pytest.mark.parametrize("asked_for", ["state.json", ".safetensors"])
+def test_checkpoints_that_a_healthy_trainer_replaces_while_they_are_read_are_not_damaged(store, asked_for):
+    for step in (5, 10):
+        write(store, LAYOUT, checkpoint(1, step))
+    racing = Racing(store.url)
+    racing.asked_for, racing.times = asked_for, 3
+    found = newest(racing, LAYOUT)
+    assert found is not None and found.step == 40
+    racing.times = 1000
+    with pytest.raises(StoreError, match="replaced during each of 10 looks") as caught:
+        newest(racing, LAYOUT)
+    assert caught.value.retryable
+
+
+def test_after_a_rollback_what_led_astray_goes_first_and_what_can_be_gone_on_from_is_kept(store):
+    for step in (20, 30):
+        write(store, LAYOUT, checkpoint(1, step))
+
+    def fits(epoch: int, step: int) -> bool:  # epoch 2 went back to step 20
+        return epoch > 2 or step <= 20
+
+    write(store, LAYOUT, checkpoint(3, 25), fits=fits)
+    assert steps_on(store) == ["00000001-000000000020", "00000003-000000000025"]
+    tensors = next(e.key for e in store.list(LAYOUT.checkpoint(3, 25)) if e.key.endswith(".safetensors"))
+    store.put(tensors, b"damaged")
+    found = newest(store, LAYOUT, fits=fits)
+    assert found is not None and (found.epoch, found.step) == (1, 20)
+    write(store, LAYOUT, checkpoint(3, 30), fits=fits)
+    write(store, LAYOUT, checkpoint(3, 35), fits=fits)
+    assert steps_on(store) == ["00000003-000000000030", "00000003-000000000035"]
+
+
 def test_when_every_checkpoint_is_damaged_it_says_so_instead_of_beginning_anew(store):
     write(store, LAYOUT, checkpoint(1, 5))
     store.put(f"{LAYOUT.checkpoint(1, 5)}/state.json", b"{}")
@@ -208,6 +255,20 @@ def test_a_step_does_not_wait_for_a_slow_store_and_the_checkpoint_that_is_missed
     writer.close()
     writer.shutdown()
     assert steps_on(store) == ["00000001-000000000005", "00000001-000000000015"]
+
+
+def test_the_last_checkpoint_of_a_run_waits_for_the_one_before_however_slow_it_is(store):
+    slow = Slow(store.url)
+    writer = CheckpointWriter(slow, LAYOUT, max_wait_s=0.01)
+    writer.submit(checkpoint(1, 35))
+    releasing = threading.Timer(0.2, slow.let.set)
+    releasing.start()
+    writer.submit(checkpoint(1, 40), must=True)
+    writer.close()
+    writer.shutdown()
+    releasing.join()
+    assert writer.missed == 0
+    assert steps_on(store) == ["00000001-000000000035", "00000001-000000000040"]
 
 
 def test_a_store_that_refuses_for_good_ends_the_training_at_the_next_checkpoint(store):

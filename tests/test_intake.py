@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from trajectory_fleet import make_group, put_groups
 
+from publisher.lineage import Lineage
 from shared.errors import LorasyncError, StoreError
 from shared.layout import Layout
 from shared.local_store import LocalStore
@@ -16,7 +17,6 @@ from shared.outage import QUIET_S
 from shared.store import Entry
 from shared.versions import Version
 from trainer.intake import LIST_ALL_EVERY_S, Group, Intake, Position, Rules
-from trainer.lineage import Lineage
 
 ADAPTER = "policy"
 RULES = Rules(group_size=4, vocab_size=128, max_tokens=64)

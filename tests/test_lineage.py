@@ -1,7 +1,7 @@
 """Which versions a life of the trainer descends from."""
 
+from publisher.lineage import Lineage
 from shared.versions import Version
-from trainer.lineage import Lineage
 
 
 def test_a_first_life_descends_from_itself_alone():

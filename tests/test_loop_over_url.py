@@ -16,6 +16,7 @@ from fake_engine import BASE_NAME, FakeEngine
 from synthetic import ADAPTER, BASE, factors, open_publisher, write_base
 
 from publisher.convert import convert
+from publisher.lineage import Lineage
 from rollout.agent import Agent
 from rollout.delivery import Delivery, Target
 from rollout.router import Router
@@ -29,7 +30,6 @@ from shared.layout import groups_of
 from shared.stores import open_store, probe
 from shared.versions import Version
 from trainer.intake import Group, Intake, Rules, staleness
-from trainer.lineage import Lineage
 
 VERSIONS = 4
 TRAIN = TrainConfig(prompts_per_step=8, group_size=2, max_staleness=1)

@@ -9,6 +9,8 @@ from tiny_versions import ADAPTER, LAYOUT, alive, data_of, put_version, put_vers
 
 from publisher.collect import choose, collect
 from publisher.epochs import Claim, claim_epoch, demand_unfenced
+from publisher.lineage import Lineage
+from publisher.resume import places
 from publisher.retention import Rule
 from publisher.rollback import last_rollback, roll_back
 from shared import strict_json
@@ -25,7 +27,6 @@ from shared.versions import Version
 from trainer.checkpoint import Checkpoint, write
 from trainer.intake import Position
 from trainer.life import Beginning, Life, Totals
-from trainer.lineage import Lineage
 
 BASE = BaseIdentity("qwen3_moe", "c" * 64, "d" * 64)
 RULE = Rule(keep_versions=1)
@@ -255,6 +256,17 @@ def test_checkpoints_made_after_a_rollback_count_and_so_do_those_before_it_if_th
     store.put(f"{LAYOUT.checkpoint(3, 12)}/state.json", b"{}")
     _, checkpoint = beginning().begin(store, LAYOUT, lambda: 0.0)
     assert checkpoint is not None and (checkpoint.epoch, checkpoint.step) == (1, 10)
+
+
+def test_what_a_life_after_a_rollback_writes_deletes_nothing_of_its_past_for_what_led_astray(
+    store: LocalStore, catalog: Catalog
+):
+    train_to(store, 30, [20, 30])
+    go_back(catalog, v(20))
+    life, _ = beginning().begin(store, LAYOUT, lambda: 0.0)
+    later = Checkpoint(life.claim.epoch, 25, beginning().state(life), {"lora.a": torch.zeros(2)})
+    write(store, LAYOUT, later, keep=2, fits=life.fits)
+    assert places(store, LAYOUT) == [(1, 20), (3, 25)]
 
 
 def test_a_life_that_resumed_elsewhere_is_gone_back_along_its_own_lineage(store: LocalStore, catalog: Catalog):

@@ -6,7 +6,8 @@
 
 Promises: a checkpoint without its JSON does not exist; bytes are checked against their digest before they are used;
 no pickle. Writing runs behind the step, one at a time; the newest two or more are kept, so damage to one costs steps,
-not the run, and a rollback finds one of its past. The newest is the highest (epoch, step): a zombie of a lower epoch
+not the run, and a rollback finds one of its past. After a rollback only those of its past count among them: what led
+astray goes with the first new one. The newest is the highest (epoch, step): a zombie of a lower epoch
 can't displace its successor's, and before its successor has one, it may not commit its own: the successor resumed
 without it, and a third life would go on from it.
 
@@ -19,7 +20,7 @@ import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +30,26 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from publisher.epochs import demand_unfenced
+from publisher.resume import MAX_STATE_BYTES, committed, folders, place_of
 from shared import strict_json
 from shared.errors import Corrupt, Fenced, KeyMissing, StoreError
 from shared.layout import Layout
-from shared.store import MAX_EXCLUSIVE_BYTES, Store
+from shared.store import Store
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEEP = 2
 MAX_WAIT_S = 10.0  # of a step for the checkpoint before
-MAX_STATE_BYTES = MAX_EXCLUSIVE_BYTES  # of state.json: no store need take more
-_FOLDER = re.compile(r"\d{8}-\d{12}")
+MAX_LOOKS = 10  # at checkpoints that a trainer replaces while they are read
 _TENSORS = re.compile(r"state-[0-9a-f]{12}\.safetensors")
+
+Fits = Callable[[int, int], bool]
+
+
+def anywhere(_epoch: int, _step: int) -> bool:
+    """Where no rollback was, every checkpoint may be gone on from."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,11 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
 
-def write(store: Store, layout: Layout, checkpoint: Checkpoint, keep: int = KEEP) -> None:
+def write(store: Store, layout: Layout, checkpoint: Checkpoint, keep: int = KEEP, fits: Fits = anywhere) -> None:
     """Put a checkpoint, then remove all but the newest `keep`, with what lost or fenced writes left behind.
+
+    Args:
+        fits: whether a checkpoint of this epoch and step may be gone on from; those that may not are removed.
 
     Raises:
         Fenced: a later life has begun, or this (epoch, step) is taken by another's state.
@@ -81,15 +92,10 @@ def write(store: Store, layout: Layout, checkpoint: Checkpoint, keep: int = KEEP
     if not store.put_if_absent(f"{folder}/state.json", strict_json.dumps({"sha256": _digest(body), "body": body})):
         raise Fenced("another trainer wrote this checkpoint", op="write checkpoint", key=folder)
     log.info("checkpoint epoch=%d step=%d bytes=%d", checkpoint.epoch, checkpoint.step, len(content))
-    _delete_old(store, layout, keep)
+    _delete_old(store, layout, keep, fits)
 
 
-def newest(
-    store: Store,
-    layout: Layout,
-    known: Checkpoint | None = None,
-    fits: Callable[[int, int], bool] = lambda _epoch, _step: True,
-) -> Checkpoint | None:
+def newest(store: Store, layout: Layout, known: Checkpoint | None = None, fits: Fits = anywhere) -> Checkpoint | None:
     """Read the newest checkpoint, or the one before it if that is damaged; None if there is none.
 
     Args:
@@ -98,16 +104,34 @@ def newest(
 
     Raises:
         Corrupt: there are checkpoints, and none can be read.
+        StoreError: the store failed, or a trainer that runs replaced them faster than they could be read.
+    """
+    for _ in range(MAX_LOOKS):
+        found = [folder for folder in committed(folders(store, layout)) if fits(*place_of(folder))]
+        try:
+            return _newest_of(store, layout, reversed(found), known)
+        except KeyMissing as error:
+            log.info("checkpoint replaced while it was read: %s", error)
+    problem = f"checkpoints were replaced during each of {MAX_LOOKS} looks"
+    raise StoreError(problem, op="read checkpoint", key=layout.checkpoints, retryable=True)
+
+
+def _newest_of(store: Store, layout: Layout, found: Iterable[str], known: Checkpoint | None) -> Checkpoint | None:
+    """The first of these that is not damaged.
+
+    Raises:
+        Corrupt: all are.
+        KeyMissing: one was deleted since the listing: there are newer ones.
     """
     damage: Corrupt | None = None
-    for folder in reversed(_committed(_folders(store, layout))):
-        if not fits(*_place(folder)):
-            continue
+    for folder in found:
         if known and folder == layout.checkpoint(known.epoch, known.step):
             return known
         try:
             return _read(store, folder)
         except (Corrupt, KeyMissing) as error:
+            if isinstance(error, KeyMissing):
+                store.get(f"{folder}/state.json")  # deleted before its tensors: while it stands, they are lost
             log.warning("checkpoint passed over: %s", error)
             damage = Corrupt(
                 f"no readable checkpoint: {error}",
@@ -144,36 +168,12 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(strict_json.dumps(body)).hexdigest()
 
 
-def _folders(store: Store, layout: Layout) -> dict[str, list[str]]:
-    """The keys in every checkpoint's folder, whole or not, by (epoch, step), oldest first."""
-    found: dict[str, list[str]] = {}
-    for entry in store.list(layout.checkpoints):
-        folder, _, _ = entry.key.rpartition("/")
-        if _FOLDER.fullmatch(folder.rpartition("/")[2]):
-            found.setdefault(folder, []).append(entry.key)
-    return dict(sorted(found.items()))
-
-
-def _committed(folders: Mapping[str, list[str]]) -> list[str]:
-    """Those that hold a whole checkpoint."""
-    return [folder for folder, keys in folders.items() if f"{folder}/state.json" in keys]
-
-
-def places(store: Store, layout: Layout) -> list[tuple[int, int]]:
-    """The (epoch, step) of every whole checkpoint, oldest first."""
-    return [_place(folder) for folder in _committed(_folders(store, layout))]
-
-
-def _place(folder: str) -> tuple[int, int]:
-    epoch, _, step = folder.rpartition("/")[2].partition("-")
-    return int(epoch), int(step)
-
-
-def _delete_old(store: Store, layout: Layout, keep: int) -> None:
-    folders = _folders(store, layout)
-    oldest_kept = _committed(folders)[-keep:][0]
-    for folder, keys in folders.items():
-        if folder < oldest_kept:
+def _delete_old(store: Store, layout: Layout, keep: int, fits: Fits) -> None:
+    found = folders(store, layout)
+    whole = committed(found)
+    kept = [folder for folder in whole if fits(*place_of(folder))][-keep:]
+    for folder, keys in found.items():
+        if folder < kept[0] or (folder in whole and folder not in kept):
             # The JSON first: what is left after a crash in between is no checkpoint.
             for key in sorted(keys, key=lambda key: not key.endswith("/state.json")):
                 store.delete(key)
@@ -183,29 +183,44 @@ class CheckpointWriter:
     """Writes behind the step, one at a time; a second waits for the first, but not for long.
 
     A store that fails or is slow for a while costs a checkpoint, which is logged and counted in `missed`; the next one
-    makes it good, and the step never waits longer than MAX_WAIT_S. Other errors come out of the next call.
+    makes it good, and the step never waits longer than MAX_WAIT_S. The last one has no next, so it waits its turn.
+    Other errors come out of the next call.
+
+    Args:
+        fits: see `write`.
     """
 
-    def __init__(self, store: Store, layout: Layout, keep: int = KEEP, max_wait_s: float = MAX_WAIT_S) -> None:
-        self._store, self._layout, self._keep, self.missed = store, layout, keep, 0
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        keep: int = KEEP,
+        fits: Fits = anywhere,
+        *,
+        max_wait_s: float = MAX_WAIT_S,
+    ) -> None:
+        self._store, self._layout, self._keep, self._fits, self.missed = store, layout, keep, fits, 0
         self._max_wait_s = max_wait_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def submit(self, checkpoint: Checkpoint) -> None:
+    def submit(self, checkpoint: Checkpoint, *, must: bool = False) -> None:
         """Write a checkpoint when the one before is done; one that would have to wait for too long is missed.
+
+        Args:
+            must: wait for as long as it takes: the last checkpoint of a run.
 
         Raises:
             LorasyncError: what went wrong with the one before.
         """
-        if self._pending is not None:
+        if self._pending is not None and not must:
             wait([self._pending], self._max_wait_s)
             if not self._pending.done():
                 self.missed += 1
                 log.warning("checkpoint missed=%d: the one before is still being written", self.missed)
                 return
         self._settle()
-        self._pending = self._executor.submit(write, self._store, self._layout, checkpoint, self._keep)
+        self._pending = self._executor.submit(write, self._store, self._layout, checkpoint, self._keep, self._fits)
 
     def close(self) -> None:
         """Wait for what was submitted, and raise what went wrong with it."""

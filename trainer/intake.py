@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from publisher.lineage import Lineage
 from shared.errors import Corrupt, KeyMissing, LorasyncError, StoreError, UsageError
 from shared.layout import Layout, groups_of, version_of
 from shared.outage import Outage
 from shared.store import Store, check_key
 from shared.trajectories import MAX_FILE_BYTES, Sample, decode
 from shared.versions import Version
-from trainer.lineage import Lineage
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from publisher.commit import mend_hint
 from publisher.epochs import Claim, claim_epoch
+from publisher.lineage import Lineage, Past
+from publisher.resume import past_of, places
 from publisher.rollback import last_rollback
 from shared.base_model import BaseIdentity
 from shared.catalog import Catalog
@@ -25,9 +27,8 @@ from shared.layout import Layout
 from shared.manifest import Manifest
 from shared.store import Store
 from shared.versions import Version
-from trainer.checkpoint import Checkpoint, newest, places
+from trainer.checkpoint import Checkpoint, Fits, anywhere, newest
 from trainer.intake import Group, Position, staleness
-from trainer.lineage import Lineage, Past
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,11 @@ class Totals:
 
 @dataclass
 class Life:
-    """What a life starts from, and how far it is."""
+    """What a life starts from, and how far it is.
+
+    Attributes:
+        fits: whether a checkpoint of an (epoch, step) may be gone on from.
+    """
 
     claim: Claim
     lineage: Lineage
@@ -61,6 +66,7 @@ class Life:
     position: Position = field(default_factory=Position)
     totals: Totals = field(default_factory=Totals)
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
+    fits: Fits = anywhere
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Beginning:
         past = _past(catalog)
         checkpoint = self._newest(store, layout, past, known=seen)
         if checkpoint is None:
-            return Life(claim, Lineage(claim.epoch), started_at=clock()), None
+            return Life(claim, Lineage(claim.epoch), started_at=clock(), fits=self._fits(past)), None
         saved, number = self._saved(checkpoint, layout), checkpoint.step // self._publish_every
         saved.totals.lives += 1
         lineage = saved.lineage.resumed(claim.epoch, number, past.rollback if past else None)
@@ -126,6 +132,7 @@ class Beginning:
             position=saved.position,
             totals=saved.totals,
             last=saved.last,
+            fits=self._fits(past),
         )
         return life, checkpoint
 
@@ -137,10 +144,8 @@ class Beginning:
         Raises:
             UsageError: there are checkpoints, and all lead to what was rolled back.
         """
-        if past is None:
-            return newest(store, layout, known)
-        found = newest(store, layout, known, lambda epoch, step: past.holds(epoch, step, self._publish_every))
-        if found is None and (kept := places(store, layout)):
+        found = newest(store, layout, known, self._fits(past))
+        if found is None and past is not None and (kept := places(store, layout)):
             steps = ", ".join(f"step {step} of epoch {epoch}" for epoch, step in kept)
             raise UsageError(
                 f"no checkpoint of the past of rollback {past.rollback}, which went back to step {past.step}",
@@ -150,6 +155,11 @@ class Beginning:
                 "or delete the adapter's checkpoints/ to begin anew from the base model",
             )
         return found
+
+    def _fits(self, past: Past | None) -> Fits:
+        if past is None:
+            return anywhere
+        return lambda epoch, step: past.holds(epoch, step, self._publish_every)
 
     def state(self, life: Life) -> dict[str, Any]:
         """A life as JSON; a copy, which does not change when the life goes on."""
@@ -201,16 +211,7 @@ def _past(catalog: Catalog) -> Past | None:
         Corrupt: it does not say so.
     """
     rollback = last_rollback(catalog)
-    if rollback is None:
-        return None
-    training = rollback.training
-    try:
-        # Who publishes without saying where it comes from vouches for no life but the version's own.
-        lineage = Lineage.from_json(training["lineage"]) if "lineage" in training else Lineage(rollback.origin.epoch)
-        return Past(rollback.version, int(training["step"]), lineage)
-    except (LookupError, TypeError, ValueError) as error:
-        problem = f"its marker does not say what it went back to: {error!r}"
-        raise Corrupt(problem, op="resume", version=str(rollback.version)) from error
+    return past_of(rollback) if rollback else None
 
 
 def _parent(catalog: Catalog, lineage: Lineage, number: int) -> Manifest | None:

@@ -95,7 +95,7 @@ class Trainer:
             on_published=self._note,
             clock=clock,
         )
-        self._checkpoints = CheckpointWriter(store, self._layout, config.retention.keep_checkpoints)
+        self._checkpoints = CheckpointWriter(store, self._layout, config.retention.keep_checkpoints, self._life.fits)
         self._hint = ProgressHint(store, self._layout, self._life.claim.epoch)
         self._intake = Intake(
             store,
@@ -223,7 +223,8 @@ class Trainer:
     def _checkpoint(self) -> None:
         life = self._life
         state = self._beginning.state(life)
-        self._checkpoints.submit(Checkpoint(life.claim.epoch, life.step, state, self._policy.capture()))
+        checkpoint = Checkpoint(life.claim.epoch, life.step, state, self._policy.capture())
+        self._checkpoints.submit(checkpoint, must=life.step >= self._train.steps)
 
     def _tell(self) -> None:
         """Renew the hint."""

@@ -63,6 +63,8 @@ class Past:
 
     def holds(self, epoch: int, step: int, publish_every: int) -> bool:
         """Whether a checkpoint may be gone on from: made after the rollback, or on the way to those weights."""
-        if epoch > self.rollback.epoch:
-            return True
+        return epoch > self.rollback.epoch or self.led_there(epoch, step, publish_every)
+
+    def led_there(self, epoch: int, step: int, publish_every: int) -> bool:
+        """Whether a checkpoint was made on the way to those weights."""
         return step <= self.step and self.lineage.includes(Version(epoch, step // publish_every))
