@@ -7,6 +7,7 @@ wire: one pass less in vLLM, and nothing left to apply twice. Elsewhere B stays 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from shared.cycles import collection_paused
 from shared.errors import Corrupt
 
 ENCODINGS = {"bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
+SLICES_AT_ONCE = 256  # handed to torch
 
 Pair = tuple[int, int]
 
@@ -55,14 +57,8 @@ class EncodedShard:
         return [TensorSpec(piece.name, piece.dtype, piece.shape) for piece in self.slices]
 
 
-class _Placed(NamedTuple):
-    """A slice under one of its names; sorts in wire order."""
-
-    position: int
-    column: int
-    row: int
-    name: str
-    source: AdapterSlice
+_Placed = tuple[int, int, int, str, AdapterSlice]  # position on the wire, column, row, one of the slice's names
+_WIRE_ORDER = itemgetter(0, 1, 2)
 
 
 def wire_scale(rank: int, alpha: int) -> tuple[float, int]:
@@ -71,6 +67,7 @@ def wire_scale(rank: int, alpha: int) -> tuple[float, int]:
     return (alpha / rank, rank) if mantissa == 0.5 else (1.0, alpha)
 
 
+@collection_paused()
 def encode(
     slices: Iterable[AdapterSlice], order: Mapping[str, int], *, rank: int, alpha: int, encoding: str, aliases: bool
 ) -> EncodedShard:
@@ -93,23 +90,35 @@ def encode(
     factor, _ = wire_scale(rank, alpha)
     dtype, dtype_name = ENCODINGS[encoding]
     placed, alias_of = _in_wire_order(slices, order, aliases)
-    content = torch.empty(sum(piece.source.tensor.numel() for piece in placed), dtype=dtype)
     encoded: list[EncodedSlice] = []
-    start = 0
+    above = None
     for _, column, row, name, source in placed:
-        tensor = source.tensor.detach()
-        height, width = tensor.shape
-        place = content[start : start + height * width].view(height, width)
-        if factor != 1.0 and ".lora_B." in name:
-            torch.mul(tensor, factor, out=place)
-        else:
-            place.copy_(tensor)
-        start += height * width
+        height, width = source.tensor.shape
         piece = EncodedSlice(name, dtype_name, (height, width), source.shape, (row, column))
-        encoded.append(_joined(encoded.pop(), piece) if encoded and _continues(encoded[-1], piece) else piece)
-    shard = EncodedShard(encoded, content.view(torch.uint8).numpy().data, alias_of)
+        if above is not None and above.tensor == name and _continues(above, piece):
+            encoded.pop()
+            piece = _joined(above, piece)
+        encoded.append(piece)
+        above = piece
+    shard = EncodedShard(encoded, _values(placed, factor, dtype).view(torch.uint8).numpy().data, alias_of)
     _demand_finite(shard, dtype_name)
     return shard
+
+
+@torch.no_grad()
+def _values(placed: Sequence[_Placed], factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """All values back to back: some hundred slices a call, for a call costs more than a small slice's bytes."""
+    content = torch.empty(sum(source.tensor.numel() for *_, source in placed), dtype=dtype)
+    start = 0
+    for first in range(0, len(placed), SLICES_AT_ONCE):
+        flat = []
+        for *_, name, source in placed[first : first + SLICES_AT_ONCE]:
+            scaled = source.tensor * factor if factor != 1.0 and ".lora_B." in name else source.tensor
+            flat.append(scaled.reshape(-1))
+        end = start + sum(map(torch.numel, flat))
+        torch.cat(flat, out=content[start:end])
+        start = end
+    return content
 
 
 def _in_wire_order(
@@ -122,17 +131,19 @@ def _in_wire_order(
         if aliases:
             alias_of.update(dict.fromkeys(piece.aliases, piece.name))
         row, column = piece.offset
-        placed.extend(_Placed(order.get(name, -1), column, row, name, piece) for name in names)
-    unknown = [piece.name for piece in placed if piece.position < 0]
+        for name in names:
+            placed.append((order.get(name, -1), column, row, name, piece))
+    placed.sort(key=_WIRE_ORDER)
+    unknown = [name for position, _, _, name, _ in placed if position < 0]
     if unknown:
         raise Corrupt(f"{len(unknown)} unexpected tensors ({unknown[0]}, ...)", op="publish")
-    placed.sort(key=lambda piece: piece[:3])
     return placed, alias_of
 
 
 def _continues(above: EncodedSlice, below: EncodedSlice) -> bool:
+    """Whether a slice of the same tensor lies directly below."""
     same_columns = (above.offset[1], above.shape[1]) == (below.offset[1], below.shape[1])
-    return above.tensor == below.tensor and same_columns and above.offset[0] + above.shape[0] == below.offset[0]
+    return same_columns and above.offset[0] + above.shape[0] == below.offset[0]
 
 
 def _joined(above: EncodedSlice, below: EncodedSlice) -> EncodedSlice:
