@@ -2,8 +2,8 @@
 
 Order of trust: the manifest's own digest, then its names and shapes against the base model, then each part of each
 shard as it arrives (`shared.transfer`), then the shards' headers and every value's finiteness. The directory appears
-under its final name only when all of that held; until then it is a hidden sibling, in which a fetch that was cut off
-goes on where it was (`shared.partial`).
+under its final name only when all of that held; until then it is in a hidden place, where a fetch that was cut off goes
+on where it was (`shared.partial`).
 
 The result needs nothing of ours: adapter_model.safetensors and adapter_config.json, which vLLM and PEFT load. A version
 of one shard that holds exactly that file is not put together anew.
@@ -20,7 +20,7 @@ from shared.coverage import demand_complete
 from shared.disk_errors import disk_error
 from shared.errors import Corrupt, KeyMissing, StoreError
 from shared.manifest import Manifest
-from shared.partial import partial_directory, put_in_place
+from shared.partial import partial_directory, put_in_place, remove_leftovers
 from shared.peft_config import peft_config
 from shared.shard_contents import ShardContents, promised_tensors, verify_shard
 from shared.store import Store
@@ -54,6 +54,7 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
     demand_complete(manifest, expected)
     config = peft_config(manifest.lora, base_name)
     if _intact(directory, manifest, config):
+        remove_leftovers(directory)
         return directory
     try:
         with partial_directory(directory, manifest.digest) as aside:
@@ -62,9 +63,7 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
             except (Corrupt, KeyMissing):
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-            if not _intact(directory, manifest, config):  # another process may have been faster
-                _remove(directory)
-                put_in_place(aside, directory)
+            put_in_place(aside, directory, is_whole=lambda: _intact(directory, manifest, config))
     except OSError as error:
         hint = "Mend the local disk, or use another directory"
         raise disk_error(error, op="fetch", key=str(directory), hint=hint) from error
@@ -121,13 +120,6 @@ def _demand_room(manifest: Manifest, shards: Sequence[Path], assembled: Sequence
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _remove(directory: Path) -> None:
-    """Remove what stands where a version shall: a directory, or anything else that was put there."""
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        directory.unlink()
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _intact(directory: Path, manifest: Manifest, config: bytes) -> bool:

@@ -40,7 +40,7 @@ from shared.fetch import CONFIG, DIGEST, MANIFEST, WEIGHTS, fetch, verify
 from shared.layout import Layout, groups_of
 from shared.local_store import LocalStore
 from shared.manifest import Manifest
-from shared.partial import partial_directory
+from shared.partial import NAME_LENGTH, partial_directory
 from shared.peft_names import expected_tensors
 from shared.tensor_table import Slice, Tensor
 from shared.versions import Version
@@ -545,21 +545,26 @@ def test_links_that_wait_where_a_fetch_will_write_are_not_written_through(object
     with partial_directory(cache / "out", manifest.digest) as aside:
         pass
     aside.mkdir(parents=True, exist_ok=True)
-    (aside / name).unlink(missing_ok=True)
-    (aside / name).symlink_to(victim)
+    for place in (aside, aside.parent):
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(victim)
     with contextlib.suppress(StoreError):
         fetch(objects, manifest, expected_of(manifest), cache / "out", base_name="base")
     assert victim.read_bytes() == b"precious"
 
 
-def test_a_link_in_place_of_the_directory_where_a_fetch_will_write_is_not_followed(objects: Any, tmp_path: Path):
+@pytest.mark.parametrize("which", ["what is built", "the place around it", "a leftover"])
+def test_a_link_in_place_of_the_directory_where_a_fetch_will_write_is_not_followed(
+    objects: Any, tmp_path: Path, which: str
+):
     manifest, elsewhere, cache = manifest_of(objects), tmp_path / "elsewhere", tmp_path / "cache"
     elsewhere.mkdir()
     (elsewhere / "shard-0").write_bytes(b"precious")
     with partial_directory(cache / "out", manifest.digest) as aside:
         pass
-    shutil.rmtree(aside)
-    aside.symlink_to(elsewhere)
+    path = {"what is built": aside, "the place around it": aside.parent}.get(which, cache / f".out.{'0' * NAME_LENGTH}")
+    shutil.rmtree(path, ignore_errors=True)
+    path.symlink_to(elsewhere)
     fetch(objects, manifest, expected_of(manifest), cache / "out", base_name="base")
     assert [path.name for path in elsewhere.iterdir()] == ["shard-0"]
     assert (elsewhere / "shard-0").read_bytes() == b"precious"

@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from shared.errors import Corrupt, KeyMissing, StoreError
 from shared.fetch import WEIGHTS, fetch, verify
 from shared.local_store import LocalStore
 from shared.manifest import PART_BYTES, Manifest, Shard
-from shared.partial import NAME_LENGTH, partial_directory
+from shared.partial import NAME_LENGTH, partial_directory, remove_leftovers
 from shared.parts import in_parts, work_through
 from shared.stores import open_store
 from shared.transfer import download
@@ -238,7 +239,12 @@ def get(store: LocalStore, manifest: Manifest, out: Path) -> Path:
 
 
 def aside(out: Path, manifest: Manifest) -> Path:
+    """Where a fetch builds, and what it holds while it does."""
     return out.parent / f".{out.name}.{manifest.digest[:NAME_LENGTH]}"
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_a_fetch_that_failed_goes_on_where_it_was(store: Counting, manifests: list[Manifest], tmp_path: Path):
@@ -257,9 +263,9 @@ def test_a_fetch_that_failed_goes_on_where_it_was(store: Counting, manifests: li
     store.asked.clear()
     store.before = lambda start: None
     get(store, manifest, out)
-    assert len(store.asked) < count - len(first) + 4  # those that failed, and what was under way then
+    assert len(store.asked) <= count - len(first) + transfer.THREADS  # those that failed, and what was under way then
     assert (out / WEIGHTS).read_bytes() == store.get(manifest.shards[0].key)
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
 
 
 def test_a_plain_version_is_not_put_together_anew(
@@ -294,7 +300,90 @@ def test_who_finds_the_directory_in_use_builds_elsewhere_and_touches_it_not(
         assert not (out / "theirs").exists()
     get(store, manifests[0], out)  # whole: nothing to do
     get(store, manifests[1], out)
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("then", ["before", "after"])
+@pytest.mark.parametrize("does", ["cleans up", "fetches it too", "fetches another"])
+def test_who_comes_while_a_version_gets_its_name_takes_nothing_from_it(
+    store: Counting, manifests: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, then: str
+):
+    out, rename = tmp_path / "out", Path.rename
+    act = {
+        "cleans up": lambda: remove_leftovers(out),
+        "fetches it too": lambda: get(store, manifests[0], out),
+        "fetches another": lambda: get(store, manifests[1], tmp_path / "other"),
+    }
+    came = list[str]()
+
+    def renamed(self: Path, target: Path) -> Path:
+        comes = target == out and not came
+        if comes:
+            came.append(does)
+        if comes and then == "before":
+            act[does]()
+        done = rename(self, target)
+        if comes and then == "after":
+            act[does]()
+            assert {path.name for path in out.iterdir()} == fetch_module.FILES
+        return done
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    get(store, manifests[0], out)
+    assert came and {path.name for path in out.iterdir()} == fetch_module.FILES
+    assert (out / WEIGHTS).read_bytes() == store.get(manifests[0].shards[0].key)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("removed", ["what was built", "the lock"])
+def test_who_is_removing_a_leftover_when_a_fetch_comes_removes_nothing_of_that(
+    store: Counting, manifests: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str
+):
+    out, unlink, came = tmp_path / "out", os.unlink, list[str]()
+    with partial_directory(out, manifests[0].digest) as left:
+        (left / WEIGHTS).write_bytes(b"half")
+    last = {"what was built": WEIGHTS, "the lock": "lock"}[removed]
+
+    def unlinked(path: Any, **how: Any) -> None:
+        unlink(path, **how)
+        if not came and Path(path).name == last:
+            came.append(last)
+            get(store, manifests[0], out)
+
+    monkeypatch.setattr(os, "unlink", unlinked)
+    remove_leftovers(out)
+    monkeypatch.undo()
+    assert came and {path.name for path in out.iterdir()} == fetch_module.FILES
+    assert hidden(tmp_path) == []
+
+
+def test_many_fetches_into_one_cache_at_once_each_return_what_is_whole_and_stays(
+    store: Counting, manifests: list[Manifest], tmp_path: Path
+):
+    rounds, fetchers = 20, 4
+    whole, together = store.get(manifests[0].shards[0].key), threading.Barrier(fetchers)
+
+    def fetches(_: int) -> None:
+        for number in range(rounds):
+            together.wait(TIMEOUT_S)
+            out = get(store, manifests[0], tmp_path / str(number))
+            assert {path.name for path in out.iterdir()} == fetch_module.FILES
+            assert (out / WEIGHTS).read_bytes() == whole
+
+    with ThreadPoolExecutor(fetchers) as pool:
+        list(pool.map(fetches, range(fetchers)))
+    assert hidden(tmp_path) == []
+
+
+def test_what_a_kill_left_beside_a_whole_version_goes_with_the_next_look_at_it(
+    store: Counting, manifests: list[Manifest], tmp_path: Path
+):
+    out = get(store, manifests[0], tmp_path / "out")
+    for manifest in manifests:
+        aside(out, manifest).mkdir()
+        (aside(out, manifest) / "lock").touch()
+    get(store, manifests[0], out)
+    assert hidden(tmp_path) == []
 
 
 def test_a_shard_that_arrives_whole_is_not_needed_twice(store: Counting, manifests: list[Manifest], tmp_path: Path):
