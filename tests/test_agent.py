@@ -302,7 +302,7 @@ def test_what_a_cut_off_download_has_is_kept_for_its_next_try(bench: Bench, monk
     cache = bench.folder / "cache" / ADAPTER
     assert [path.name for path in cache.glob(f".{latest}.*")]
     assert bench.agent.tick() is Action.WAIT
-    assert [path.name for path in cache.glob(f".{latest}.*/*.safetensors")] == ["adapter_model.safetensors"]
+    assert [path.name for path in cache.glob(f".{latest}.*/**/*.safetensors")] == ["adapter_model.safetensors"]
     assert not (cache / "0001-000000").exists(), "what nobody needs went"
 
 

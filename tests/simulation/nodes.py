@@ -115,7 +115,7 @@ class SimDelivery(Delivery):
         self._store.flipped.clear()
         return super().deliver(version, beside)
 
-    def sweep(self, keep: Collection[Version]) -> None:
+    def sweep(self, keep: Collection[Version], fetching: Version | None = None) -> None:
         kept = {str(version) for version in keep}
         for path in [path for path in self._store.disk if Path(path).name not in kept]:
             del self._store.disk[path]
