@@ -1,6 +1,7 @@
 """`lorasync gc`, `pin` and `rollback`: what a person decides about versions. Light at import."""
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from shared.errors import UsageError
 
 if TYPE_CHECKING:
     from publisher.collect import Outcome, Plan
+    from publisher.resume import Outlook
     from publisher.retention import Rule
     from shared.catalog import Catalog
     from shared.fates import Fates
@@ -240,10 +242,14 @@ def _rollback(options: argparse.Namespace) -> int:
         raise UsageError("--json asks nothing, so it needs --yes", op="rollback")
     catalog, key = _catalog(options, signs=True), read_store_config(options).sign_key
     target = demand_target(catalog, _resolve(catalog, Fates(catalog.store, catalog.layout), options.version))
-    if target.signature and not key:
-        problem = f"{target.version} is signed, and readers that trust its key would refuse the rollback"
+    signed = next((manifest.version for manifest in (target, _newest_readable(catalog)) if manifest.signature), None)
+    if signed and not key:
+        problem = f"{signed} is signed, and readers that trust its key would refuse the rollback"
         raise UsageError(problem, op="rollback", hint="Give --sign-key")
-    if not options.yes and not _agreed(catalog, target):
+    outlook = _outlook(catalog, target)
+    if options.yes and outlook.kept and outlook.goes_on is None:
+        print(f"warning: {_next_trainer(target, outlook)}", file=sys.stderr)
+    if not options.yes and not _agreed(catalog, target, outlook):
         print("nothing done", file=sys.stderr)
         return 1
     manifest = roll_back(catalog, target.version, seal=load_seal(key))
@@ -254,7 +260,28 @@ def _rollback(options: argparse.Namespace) -> int:
     return 0
 
 
-def _agreed(catalog: "Catalog", target: "Manifest") -> bool:
+def _newest_readable(catalog: "Catalog") -> "Manifest":
+    """What readers take now. The one that is gone back to is readable, so there is one.
+
+    Raises:
+        StoreError: the store failed, or everything was collected meanwhile.
+    """
+    from shared.errors import Corrupt, KeyMissing, StoreError
+
+    for version in reversed(catalog.versions()):
+        with contextlib.suppress(Corrupt, KeyMissing):
+            return catalog.manifest(version)
+    raise StoreError("no readable version", op="rollback", key=catalog.layout.manifests)
+
+
+def _outlook(catalog: "Catalog", target: "Manifest") -> "Outlook":
+    from publisher.resume import outlook
+    from publisher.rollback import RolledBack, origin_of
+
+    return outlook(catalog, RolledBack(target.version, origin_of(target), dict(target.training)))
+
+
+def _agreed(catalog: "Catalog", target: "Manifest", outlook: "Outlook") -> bool:
     """Say what will be done, and ask.
 
     Raises:
@@ -263,9 +290,22 @@ def _agreed(catalog: "Catalog", target: "Manifest") -> bool:
     newest, step = catalog.newest(), target.training.get("step")
     print(
         f"Goes back from {newest} to {target.version} (step {step}): every node will serve its bytes, as a version of\n"
-        f"a new epoch. A trainer that runs is fenced: it stops. The next one goes on from its newest checkpoint at or\n"
-        f"before step {step}. Nothing is deleted."
+        f"a new epoch. A trainer that runs is fenced: it stops. Nothing is deleted.\n{_next_trainer(target, outlook)}"
     )
     if not sys.stdin.isatty():
         raise UsageError("nobody to ask", op="rollback", hint="Give --yes")
     return input("Go back? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _next_trainer(target: "Manifest", outlook: "Outlook") -> str:
+    """What the next trainer will do, for a person."""
+    if outlook.goes_on:
+        epoch, step = outlook.goes_on
+        return f"The next trainer goes on from its checkpoint at step {step} of epoch {epoch}."
+    if not outlook.kept:
+        return "No checkpoint is kept: the next trainer begins anew, from the base model."
+    steps = ", ".join(f"step {step} of epoch {epoch}" for epoch, step in outlook.kept)
+    return (
+        f"No checkpoint on the way to step {target.training.get('step')} is kept, only {steps}: the next trainer will\n"
+        "refuse to start, until you go back to a version from there on, or delete the adapter's checkpoints/."
+    )

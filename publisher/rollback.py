@@ -68,6 +68,11 @@ def demand_target(catalog: Catalog, version: Version) -> Manifest:
         raise UsageError(f"{version} was collected or never published", op="rollback", hint=hint) from error
 
 
+def origin_of(target: Manifest) -> Version:
+    """The version under whose name the data lies: that of the keys, for those are what a collector would delete."""
+    return next(filter(None, (version_of(shard.key) for shard in target.shards)), target.version)
+
+
 def roll_back(
     catalog: Catalog,
     version: Version,
@@ -92,7 +97,7 @@ def roll_back(
     """
     store, layout = catalog.store, catalog.layout
     target = demand_target(catalog, version)
-    origin = _origin(target)
+    origin = origin_of(target)
     claim = claim_epoch(store, layout, clock)
     new = Version(claim.epoch, version.number)
     marker = {
@@ -155,8 +160,3 @@ def _was_committed(catalog: Catalog, version: Version) -> bool:
     except Corrupt:  # it is there, and damaged
         return True
     return True
-
-
-def _origin(target: Manifest) -> Version:
-    """The version under whose name the data lies: that of the keys, for those are what a collector would delete."""
-    return next(filter(None, (version_of(shard.key) for shard in target.shards)), target.version)

@@ -268,6 +268,19 @@ def test_a_version_signed_after_signing_was_switched_on_is_whole_though_its_pare
     assert lorasync(capsys, "verify", str(first.version), *flags)[0] == 4
 
 
+def test_no_unsigned_rollback_to_a_version_from_before_signing_was_switched_on(
+    tmp_path: Path, base: Path, ours: tuple[Path, Path], capsys
+):
+    store = open_store(str(tmp_path / "mixed"))
+    first, second = synthetic.publish(store, base, count=2)
+    store.put(LAYOUT.manifest(second.version), load_seal(str(ours[0]))(second).to_bytes())
+    code, _, err = lorasync(capsys, "rollback", str(first.version), "--yes", "--store", store.url)
+    assert (code, f"{second.version} is signed" in err, "Give --sign-key" in err) == (2, True, True)
+    assert [entry.key for entry in store.list(LAYOUT.epochs)] == [LAYOUT.epoch(1)]  # nobody was fenced
+    store.put(LAYOUT.manifest(second.version), second.to_bytes())  # switched off again
+    assert lorasync(capsys, "rollback", str(first.version), "--yes", "--store", store.url)[0] == 0
+
+
 @pytest.mark.parametrize("flag", ["--trust", "--sign-key"])
 def test_a_flag_that_names_no_key_is_refused_for_it_would_switch_the_check_off(flag: str, capsys):
     command = "verify" if flag == "--trust" else "train"

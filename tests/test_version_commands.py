@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import synthetic
+import torch
 
 from publisher.commands import seconds
 from shared.catalog import Catalog
@@ -20,6 +21,7 @@ from shared.leases import Lease
 from shared.local_store import LocalStore
 from shared.stores import open_store
 from shared.versions import Version
+from trainer.checkpoint import Checkpoint, write
 
 GRACE = ["--set", "retention.grace_s=0"]
 
@@ -132,6 +134,40 @@ def test_a_rollback_says_what_it_will_do_and_does_nothing_unasked(url: str):
     assert done.returncode == 2 and "Give --yes" in done.stderr
     assert "from 0001-000005 to 0001-000002 (step 2)" in done.stdout and "is fenced" in done.stdout
     assert len(LocalStore(url).list("policy/epochs")) == 1
+
+
+def put_checkpoint(url: str, epoch: int, step: int, publish_every: int = 1) -> None:
+    state = {"publish_every": publish_every}
+    write(LocalStore(url), Layout("policy"), Checkpoint(epoch, step, state, {"lora.a": torch.zeros(2)}))
+
+
+def test_a_rollback_says_from_where_the_next_trainer_goes_on(url: str):
+    asked = lorasync("rollback", "2", "--store", url)
+    assert "No checkpoint is kept: the next trainer begins anew" in asked.stdout
+    put_checkpoint(url, 1, 2)
+    put_checkpoint(url, 1, 4)
+    asked = lorasync("rollback", "2", "--store", url)
+    assert "goes on from its checkpoint at step 2 of epoch 1." in asked.stdout
+    done = lorasync("rollback", "2", "--store", url, "--yes")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_rollback_that_leaves_no_checkpoint_to_go_on_from_says_so_before_anybody_is_fenced(url: str):
+    put_checkpoint(url, 1, 3)
+    put_checkpoint(url, 1, 4)
+    asked = lorasync("rollback", "2", "--store", url)
+    warned = "No checkpoint on the way to step 2 is kept, only step 3 of epoch 1, step 4 of epoch 1"
+    assert asked.returncode == 2 and warned in asked.stdout and "refuse to start" in asked.stdout
+    assert len(LocalStore(url).list("policy/epochs")) == 1
+    done = lorasync("rollback", "2", "--store", url, "--yes")
+    assert done.returncode == 0 and f"warning: {warned}" in done.stderr
+
+
+def test_what_cannot_be_read_is_no_checkpoint_to_go_on_from(url: str):
+    put_checkpoint(url, 1, 1)
+    put_checkpoint(url, 1, 2)
+    LocalStore(url).put(f"{Layout('policy').checkpoint(1, 2)}/state.json", b"{}")
+    assert "from its checkpoint at step 1 of epoch 1." in lorasync("rollback", "2", "--store", url).stdout
 
 
 def test_after_a_rollback_the_old_bytes_are_latest_whole_and_exported(url: str, tmp_path: Path):
