@@ -8,6 +8,7 @@ Every call that changes the disk is one of `os` (pathlib's are), so that tests c
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,13 @@ from pathlib import Path
 
 MAX_KNOWN = 1000  # directories; beyond it all are forgotten, and synced again when next met
 FLUSH_BYTES = 32 << 20  # written since the last flush: the disk shall not wait for the end of a large file
+
+_BESIDE = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file is called like one that `written_beside` makes."""
+    return _BESIDE.fullmatch(name) is not None
 
 
 class Directories:

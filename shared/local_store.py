@@ -1,14 +1,17 @@
-"""A directory as a store: local disks, NFS, Lustre, anything with atomic link and rename.
+"""A directory as a store: local disks, Lustre, NFS without caches, anything with atomic link and rename.
 
 Guards against: readers that see half a file (write beside, then link or rename), two winners of one name (`os.link`
 fails if the name exists, also on NFS), loss after power failure (`shared.durable_files`). Temporary names start with a
 dot and are never listed.
 
 A removed object may be back after a power failure: whoever deletes looks again.
+Does not: keep its promises on a mount that remembers listings, as an NFS client does by default for up to a minute: a
+collector would not see a lease. docs/configuration.md has the options; `shared.stores.probe`, one client, can't tell.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -20,9 +23,11 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from shared.disk_errors import FREE_ROOM, disk_error
-from shared.durable_files import Directories, sync_directory, written_beside
+from shared.durable_files import Directories, is_beside, sync_directory, written_beside
 from shared.errors import Corrupt, KeyMissing, StoreError, StoreUnfit, UsageError
 from shared.store import Entry, Fetched, check_key, exactly
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -81,7 +86,7 @@ class LocalStore:
                 except FileExistsError:
                     ours = False
                     with contextlib.suppress(Corrupt), self._opened(key) as (descriptor, status):
-                        ours = _read(descriptor, 0, status.st_size) == content
+                        ours = status.st_size == len(content) and _read(descriptor, 0, status.st_size) == content
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
                         raise
@@ -130,21 +135,25 @@ class LocalStore:
         _translated("delete", key, remove)
 
     def sweep(self, prefix: str, older_than_s: float) -> int:
-        """See `Store.sweep`; directories that have long been empty go too, and are not counted."""
+        """See `Store.sweep`; directories that have long been empty go too, and are not counted.
+
+        Hidden files of another form than ours (.gitkeep, .nfs...) and hidden directories (.snapshot) are other
+        people's. What can't be removed is logged and left.
+        """
 
         def remove() -> int:
             top, removed = self._path(prefix), 0
             if not top.is_dir():
                 return 0
             newest = _now(top) - older_than_s
-            for folder, _, files in os.walk(top, topdown=False, onerror=_unless_gone):
-                place = Path(folder)
-                with contextlib.suppress(FileNotFoundError):
+            for place, hidden in _folders_deepest_first(top):
+                with _what_refuses_left(place):
                     old = place.stat().st_mtime <= newest
-                    for path in (place / name for name in files if name.startswith(".")):
-                        if path.lstat().st_mtime <= newest:
-                            path.unlink()
-                            removed += 1
+                    for path in hidden:
+                        with _what_refuses_left(path):
+                            if path.lstat().st_mtime <= newest:
+                                path.unlink()
+                                removed += 1
                     if old and place != top:
                         _remove_if_empty(place)
             return removed
@@ -223,6 +232,26 @@ def _unless_gone(error: OSError) -> None:
     """A directory that isn't there, or no longer, holds nothing; any other failure must not look like that."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
+
+
+def _folders_deepest_first(top: Path) -> list[tuple[Path, list[Path]]]:
+    """Every directory that is not hidden, and the files of ours in it that are."""
+    found = []
+    for folder, folders, files in os.walk(top, onerror=_unless_gone):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.append((Path(folder), [Path(folder, name) for name in files if is_beside(name)]))
+    return found[::-1]
+
+
+@contextlib.contextmanager
+def _what_refuses_left(path: Path) -> Iterator[None]:
+    """Go on with the next one."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("sweep: left %s: %s", path, error)
 
 
 def _remove_if_empty(folder: Path) -> None:

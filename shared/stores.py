@@ -64,7 +64,7 @@ def probe(store: Store, prefix: str) -> None:
         StoreError: it can't be reached or refuses (missing bucket, wrong credentials).
     """
     key = f"{prefix}/probe-{uuid.uuid4().hex}"
-    hint = "Use a store with conditional writes (AWS S3, Ceph RGW, MinIO, GCS, Azure, a local or NFS path)"
+    hint = "Use a store with conditional writes (AWS S3, Ceph RGW, MinIO, GCS, Azure, a directory)"
 
     def demand(holds: bool, promise: str) -> None:
         if not holds:

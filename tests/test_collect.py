@@ -342,7 +342,7 @@ def test_what_killed_writers_left_half_written_goes_after_a_day(tmp_path: Path):
     store = open_store(str(tmp_path))
     put_versions(store, range(2))
     folder = tmp_path / "policy" / "data" / "00000001-000000000001" / "abc"
-    old, young = folder / ".rank-00001.safetensors.dead", folder / ".rank-00001.safetensors.alive"
+    old, young = (folder / f".rank-00001.safetensors.{letter * 32}" for letter in "da")
     for path in (old, young):
         path.write_bytes(b"half")
     days_ago = old.stat().st_mtime - 2 * 86400

@@ -22,6 +22,13 @@ def aged(path: Path) -> Path:
     return path
 
 
+def aged_leftover(folder: Path) -> Path:
+    """What a killed writer left there two hours ago."""
+    path = folder / f".shard.{'0' * 32}"
+    path.write_bytes(b"half")
+    return aged(path)
+
+
 def test_a_sweep_takes_old_leftovers_and_old_empty_directories_and_nothing_else(tmp_path: Path):
     store = LocalStore(str(tmp_path / "store"))
     for key in ("p/data/1/a/shard", "p/data/2/b/shard", "p/data/3/c/shard"):
@@ -31,15 +38,15 @@ def test_a_sweep_takes_old_leftovers_and_old_empty_directories_and_nothing_else(
         store.delete(f"p/data/{number}/{'ab'[number - 1]}/shard")
     aged(data / "1" / "a")
     aged(data / "3" / "c")
-    (data / "3" / "c" / ".shard.young").write_bytes(b"half")
-    old = data / "3" / ".shard.old"
+    young, old = data / "3" / "c" / f".shard.{'0' * 32}", data / "3" / f".shard.{'f' * 32}"
+    young.write_bytes(b"half")
     old.write_bytes(b"half")
     aged(old)
     assert store.sweep("p", HOUR_S) == 1
     assert not (data / "1" / "a").exists()
     assert (data / "2" / "b").is_dir()  # emptied just now: somebody may be about to write there
     assert not old.exists()
-    assert (data / "3" / "c" / ".shard.young").exists()
+    assert young.exists()
     assert [entry.key for entry in store.list("p")] == ["p/data/3/c/shard"]
     for path in (data / "1", data / "2" / "b"):
         aged(path)
@@ -47,6 +54,40 @@ def test_a_sweep_takes_old_leftovers_and_old_empty_directories_and_nothing_else(
     assert sorted(path.name for path in data.iterdir()) == ["2", "3"]
     assert list((data / "2").iterdir()) == []
     assert store.sweep("absent", HOUR_S) == 0
+
+
+def test_other_peoples_hidden_files_and_directories_are_not_swept(tmp_path: Path):
+    store = LocalStore(str(tmp_path / "store"))
+    store.put("p/data/shard", b"x")
+    names = ("data/.gitkeep", "data/.nfs0000000000a1b2", ".snapshot/hourly/data.bin", f".snapshot/.shard.{'0' * 32}")
+    theirs = [store.root / "p" / name for name in names]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"theirs")
+        aged(path)
+    aged(store.root / "p" / ".snapshot" / "hourly")
+    assert store.sweep("p", HOUR_S) == 0
+    assert all(path.exists() for path in theirs)
+
+
+def test_what_refuses_to_be_swept_is_said_and_keeps_nobody_from_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    store = LocalStore(str(tmp_path / "store"))
+    store.put("p/data/1/shard", b"x")
+    store.put("p/data/2/shard", b"x")
+    left = [aged_leftover(store.root / "p" / "data" / number) for number in "12"]
+
+    def busy_once(_name: str, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        if Path(args[0]) == left[0]:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return call()
+
+    with intercepted(["unlink"], busy_once):
+        assert store.sweep("p", HOUR_S) == 1
+    assert [path.exists() for path in left] == [True, False]
+    assert [str(left[0]) in record.getMessage() for record in caplog.records] == [True]
+    assert store.sweep("p", HOUR_S) == 1
 
 
 @pytest.mark.parametrize("write", ["put", "put_if_absent", "put_stream"])

@@ -145,7 +145,7 @@ def test_a_fault_at_any_call_of_an_operation_is_told_leaves_nothing_and_may_be_t
         count += 1
         store = prepared(folder / str(count))
         if name == "sweep":
-            (store.root / "a" / ".1.left").write_bytes(b"half")
+            (store.root / "a" / f".1.{'0' * 32}").write_bytes(b"half")
             (store.root / "a" / "empty").mkdir()
         return store
 
