@@ -46,9 +46,12 @@ def _covered(tensor: Tensor) -> bool:
 
     How often each cell is covered is a function whose mixed differences are +1 and -1 at the corners of each slice, and
     which they determine. So slices cover a tensor as one whole slice would exactly if their corners add up to its four.
+    An empty slice has corners that add up to none, wherever it lies; so none may be empty.
     """
     if len(tensor.slices) == 1:
         return tensor.slices[0].offset == (0, 0) and tensor.slices[0].shape == tensor.shape
+    if any(0 in slice_.shape for slice_ in tensor.slices):
+        return False
     corners: Counter[tuple[int, int]] = Counter()
     for _, _, offset, shape in tensor.slices:
         _add_corners(corners, offset, shape, 1)

@@ -4,14 +4,19 @@ and what it accepts, it writes again to something that reads back equal.
 
 import contextlib
 import hashlib
+import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from publisher.rollback import last_rollback
 from shared import strict_json, trajectories
 from shared.adapter_files import header_bytes, parse_header, read_tensors
+from shared.assemble import assemble, assembled_tensors
 from shared.catalog import Catalog, check_layout
 from shared.coverage import demand_complete
 from shared.errors import Corrupt, KeyMissing, LorasyncError
@@ -21,6 +26,7 @@ from shared.leases import read_leases
 from shared.manifest import Manifest
 from shared.peft_config import peft_config
 from shared.run_record import recorded_run
+from shared.shard_contents import promised_tensors
 from shared.status import StatusReader
 from shared.store import Entry, Fetched
 from shared.versions import Version
@@ -28,6 +34,7 @@ from shared.versions import Version
 ADAPTER = "policy"
 LAYOUT, VERSION = Layout(ADAPTER), Version(1, 1)
 MAX_LINE_LENGTH = 4000  # characters of one error
+MAX_ASSEMBLED_BYTES = 1 << 20  # of a version that is put together here
 
 Target = Callable[[bytes], None]
 
@@ -104,11 +111,27 @@ def sealed_manifest(content: bytes) -> None:
     _round_trip(found)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in found.aliases.items()}
-    refused(lambda: demand_complete(found, shapes))
+    if not refused(lambda: demand_complete(found, shapes)):
+        _put_together(found, shapes)
     refused(lambda: demand_complete(found, {"a": (1, 1)}))
     refused(lambda: peft_config(found.lora, "base"))
     with contextlib.suppress(LorasyncError):
         Catalog(OneContent(forged), ADAPTER).manifest(VERSION)  # type: ignore[arg-type]
+
+
+def _put_together(found: Manifest, shapes: dict[str, tuple[int, int]]) -> None:
+    """A version that is said to be whole, of shards that hold what is promised."""
+    promised, specs = promised_tensors(found, shapes), assembled_tensors(found, shapes)
+    nbytes = sum(spec.nbytes for spec in chain(specs, *promised))
+    if nbytes > MAX_ASSEMBLED_BYTES:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shards = [Path(folder, str(number)) for number in range(len(promised))]
+        for path, held in zip(shards, promised, strict=True):
+            path.write_bytes(header_bytes(held) + bytes(sum(spec.nbytes for spec in held)))
+        whole = io.BytesIO()
+        if not refused(lambda: assemble(found, shards, shapes, whole)):
+            assert whole.getvalue() == header_bytes(specs) + bytes(sum(spec.nbytes for spec in specs))
 
 
 def _round_trip(found: Manifest) -> None:
