@@ -11,10 +11,9 @@ of one shard that holds exactly that file is not put together anew.
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from shared.adapter_files import TensorSpec
 from shared.assemble import assemble, assembled_tensors
 from shared.coverage import demand_complete
 from shared.disk_errors import disk_error
@@ -71,11 +70,15 @@ def fetch(store: Store, manifest: Manifest, expected: Mapping[str, Shape], direc
 
 
 def _materialise(store: Store, manifest: Manifest, expected: Mapping[str, Shape], aside: Path, config: bytes) -> None:
-    """Build the directory's files."""
+    """Build the directory's files, and nothing beside them: an engine reads by name what else stands there."""
     promised, assembled = promised_tensors(manifest, expected), assembled_tensors(manifest, expected)
     plain = promised == [assembled]
     shards = [aside / (WEIGHTS if plain else f"shard-{number}") for number in range(len(manifest.shards))]
-    _demand_room(manifest, shards, [] if plain else assembled, aside)
+    assembled_bytes = sum(spec.nbytes for spec in assembled)
+    for path in set(aside.iterdir()) - set(shards):  # of an earlier life
+        path.unlink()
+    there = sum(path.stat().st_blocks * 512 for path in shards if path.exists())
+    _demand_room(manifest.size - there + (0 if plain else assembled_bytes), aside)
     for number, (shard, path) in enumerate(zip(manifest.shards, shards, strict=True)):
         contents = ShardContents.promised(shard, promised[number])
         download(store, shard, path, look=contents.look)
@@ -83,6 +86,8 @@ def _materialise(store: Store, manifest: Manifest, expected: Mapping[str, Shape]
         if contents.as_promised:
             contents.demand_finite()
     if not plain:
+        if promised == [assembled]:  # its header is not ours: no room was asked for yet
+            _demand_room(assembled_bytes, aside)
         with (aside / "assembled").open("wb") as file:
             assemble(manifest, shards, expected, file)
         (aside / "assembled").rename(aside / WEIGHTS)
@@ -107,9 +112,8 @@ def verify(store: Store, manifest: Manifest, expected: Mapping[str, Shape]) -> N
         verify_shard(store, manifest, number, promised)
 
 
-def _demand_room(manifest: Manifest, shards: Sequence[Path], assembled: Sequence[TensorSpec], directory: Path) -> None:
-    there = sum(path.stat().st_blocks * 512 for path in shards if path.exists())
-    needed = manifest.size - there + sum(spec.nbytes for spec in assembled) + SPARE_BYTES
+def _demand_room(nbytes: int, directory: Path) -> None:
+    needed = nbytes + SPARE_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         problem = f"{free >> 20} MiB free, {needed >> 20} MiB needed"

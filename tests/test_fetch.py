@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from shared.fetch import CONFIG, DIGEST, MANIFEST, WEIGHTS, fetch, verify
 from shared.layout import Layout
 from shared.local_store import LocalStore
 from shared.manifest import Manifest, Shard
+from shared.partial import partial_directory
 from shared.peft_names import expected_tensors
+from shared.tensor_table import Slice
 from shared.versions import Version
 
 LAYOUT = Layout(synthetic.ADAPTER)
@@ -223,6 +226,19 @@ def test_missing_extra_and_misshapen_names_are_corrupt(store: LocalStore, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("column", [0, 5000])
+def test_an_empty_slice_is_corrupt_wherever_it_lies(store: LocalStore, tmp_path: Path, column: int):
+    manifest = manifest_of(store)
+    name, tensor = next(iter(manifest.tensors.items()))
+    content = changed_header(
+        store, manifest, lambda specs: [TensorSpec("empty", tensor.dtype, (0, tensor.shape[1])), *specs]
+    )
+    empty = Slice(0, "empty", (0, column), (0, tensor.shape[1]))
+    tensors = {**manifest.tensors, name: tensor._replace(slices=(*tensor.slices, empty))}
+    forged = replace(vouched(store, manifest, content), tensors=tensors).sealed()
+    refused(store, forged, tmp_path / "out", "not covered exactly once")
+
+
 def test_an_adapter_for_a_base_model_of_another_shape_or_other_weights_is_refused(
     store: LocalStore, base: Path, tmp_path: Path
 ):
@@ -253,6 +269,34 @@ def test_a_disk_that_is_full_or_not_writable_is_a_store_error_and_leaves_nothing
     with pytest.raises(StoreError, match="MiB needed"):
         get(store, manifest_of(store), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_room_for_a_version_that_is_put_together_after_all_is_asked_for_before_that(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its header is another writer's, which is not known before it has arrived."""
+    manifest, usage = manifest_of(store), shutil.disk_usage(tmp_path)
+    content = shard_file(store, manifest).read_bytes()
+    placed, start = parse_header(content, len(content), key="")
+    header = header_bytes([tensor.spec for tensor in placed])[8:] + b" " * 8
+    other = vouched(store, manifest, len(header).to_bytes(8, "little") + header + content[start:])
+    free = [other.size + fetch_module.SPARE_BYTES, fetch_module.SPARE_BYTES]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free.pop(0)))
+    with pytest.raises(StoreError, match="MiB needed"):
+        get(store, other, tmp_path / "out")
+    assert free == [] and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert (get(store, other, tmp_path / "out") / WEIGHTS).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["assembled", "shard-0", "shard-7", "lock", "stranger"])
+def test_what_an_earlier_life_left_where_a_version_is_built_does_not_get_into_it(
+    store: LocalStore, tmp_path: Path, name: str
+):
+    manifest = manifest_of(store)
+    with partial_directory(tmp_path / "out", manifest.digest) as aside:
+        (aside / name).write_bytes(b"left")
+    assert {path.name for path in get(store, manifest, tmp_path / "out").iterdir()} == FILES
 
 
 def test_a_whole_cached_directory_is_kept_without_asking_the_store(store: LocalStore, tmp_path: Path):
