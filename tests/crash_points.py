@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +49,7 @@ from rollout.agent import Agent
 from rollout.delivery import Delivery, Target
 from rollout.router import Router
 from rollout.watch import Watcher
+from shared import transfer
 from shared.base_model import identify
 from shared.catalog import Catalog
 from shared.errors import LorasyncError
@@ -57,6 +58,7 @@ from shared.fetch import fetch
 from shared.layout import Layout
 from shared.lifeline import die_with_parent
 from shared.local_store import LocalStore
+from shared.manifest import PART_BYTES, Manifest
 from shared.versions import Version
 
 START_S, LIFE_S = 120.0, 60.0  # deadlines: of the nursery's imports, of the longest request
@@ -265,10 +267,17 @@ def publish(url: str, base: str, version: list[int], nonce: str, rank: int, worl
     publisher.close()
 
 
-def download(url: str, version: list[int], directory: str) -> None:
+def in_parts_of(part_bytes: int, store: LocalStore, manifest: Manifest) -> Manifest:
+    """A version whose shards have a digest per `part_bytes`: many, though they are small. For all of this process."""
+    transfer.PART_BYTES = part_bytes
+    shards = [replace(shard, parts=transfer.file_digests(store.root / shard.key)) for shard in manifest.shards]
+    return replace(manifest, shards=tuple(shards)).sealed()
+
+
+def download(url: str, version: list[int], directory: str, part_bytes: int) -> None:
     """A version into a node's cache."""
     store = LocalStore(url)
-    manifest = Catalog(store, synthetic.ADAPTER).manifest(Version(*version))
+    manifest = in_parts_of(part_bytes, store, Catalog(store, synthetic.ADAPTER).manifest(Version(*version)))
     fetch(store, manifest, synthetic.EXPECTED, Path(directory), base_name="base")
 
 
@@ -317,7 +326,7 @@ def warm_up() -> None:
         store, base = LocalStore(str(folder / "store")), synthetic.write_base(folder / "base")
         claim = claim_epoch(store, LAYOUT)
         publish(str(store.root), str(base), [1, 1], claim.nonce, rank=0, world=1)
-        download(str(store.root), [1, 1], str(folder / "out"))
+        download(str(store.root), [1, 1], str(folder / "out"), PART_BYTES)
     gc.collect()
     gc.freeze()
 

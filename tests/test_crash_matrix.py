@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 import synthetic
-from crash_points import LAYOUT, NODE, RECORD, End, Life, Nursery, activate, collect_garbage, go_back
+from crash_points import LAYOUT, NODE, RECORD, End, Life, Nursery, activate, collect_garbage, go_back, in_parts_of
 from memory_folder import memory_folder
 
 from publisher.epochs import Claim, claim_epoch
-from shared import strict_json
+from shared import strict_json, transfer
 from shared.catalog import Catalog
 from shared.fetch import MANIFEST, fetch, verify
 from shared.layout import version_of
 from shared.local_store import LocalStore
+from shared.manifest import PART_BYTES
 from shared.versions import Version
 
+SMALL_PART = 4096  # bytes
 AT_ONCE = 4  # requests under way; most of a multi-rank one is waiting
 FIRST, SECOND = Version(1, 0), Version(1, 1)
 
@@ -214,18 +216,26 @@ def test_when_any_rank_is_killed_the_others_commit_what_is_whole_or_name_it(
     told(capsys, f"publish, {world} ranks", kills)
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(("world", "part_bytes"), [(1, PART_BYTES), (4, PART_BYTES), (8, PART_BYTES), (1, SMALL_PART)])
 def test_a_download_killed_at_any_change_is_never_taken_for_whole_and_is_mended_by_the_next(
-    nursery: Nursery, folder: Path, world: int, capsys: pytest.CaptureFixture[str]
+    nursery: Nursery,
+    folder: Path,
+    world: int,
+    part_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     bench = Bench.made(folder, 1)
     url, store = str(folder / "template"), LocalStore(str(folder / "template"))
     nursery.run([publishing(bench, folder, rank, world, store="template") for rank in range(world)])
-    manifest = Catalog(store, synthetic.ADAPTER).manifest(SECOND)
-    assert len(manifest.shards) == world
+    monkeypatch.setattr(transfer, "PART_BYTES", part_bytes)
+    manifest = in_parts_of(part_bytes, store, Catalog(store, synthetic.ADAPTER).manifest(SECOND))
+    parts = len(manifest.shards[0].parts)
+    assert len(manifest.shards) == world and (parts > transfer.THREADS) is (part_bytes == SMALL_PART)
 
     def downloading(place: Path, kill_at: int | None = None) -> Life:
-        return Life("download", {"url": url, "version": list(SECOND), "directory": str(place / "out")}, kill_at)
+        words = {"url": url, "version": list(SECOND), "part_bytes": part_bytes}
+        return Life("download", {**words, "directory": str(place / "out")}, kill_at)
 
     def kill(at: int) -> None:
         place = folder / f"kill-{at}"
@@ -241,7 +251,7 @@ def test_a_download_killed_at_any_change_is_never_taken_for_whole_and_is_mended_
     whole = folder / "none" / "out"
     assert (whole / MANIFEST).read_bytes() == manifest.to_bytes()
     each(kill, changes)
-    told(capsys, f"download, {world} shards", changes)
+    told(capsys, f"download, {world} shards, the first in {parts} parts", changes)
 
 
 def test_a_collector_killed_at_any_change_deletes_nothing_in_use_and_is_finished_by_the_next(
