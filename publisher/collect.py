@@ -89,8 +89,12 @@ def collect(
     *,
     grace_s: float = GRACE_S,
     sleep: Callable[[float], None] = time.sleep,
+    leftovers: bool = True,
 ) -> Outcome:
     """All steps, one after another.
+
+    Args:
+        leftovers: look for what killed processes left, too. On a directory that is a walk through everything.
 
     Raises:
         StoreError: the store failed. Nothing is lost by it: the next collection goes on.
@@ -103,10 +107,8 @@ def collect(
         swept = sweep(catalog)
     else:
         swept = Swept()
-    leftovers = catalog.store.sweep(catalog.layout.adapter, LEFTOVER_AFTER_S)
-    forget_leases(catalog, plan.seen)
-    forget_probes(catalog, plan.seen.now)
-    return Outcome(plan, marked, orphans, swept, leftovers)
+    removed = _remove_leftovers(catalog, plan.seen) if leftovers else 0
+    return Outcome(plan, marked, orphans, swept, removed)
 
 
 def choose(catalog: Catalog, fates: Fates, rule: Rule) -> Plan:
@@ -166,6 +168,14 @@ def sweep(catalog: Catalog) -> Swept:
         objects=sum(len(stored[version].keys) for version in gone),
         in_use=tuple(sorted(voids & (stored.keys() - set(gone)))),
     )
+
+
+def _remove_leftovers(catalog: Catalog, seen: Seen) -> int:
+    """Remove what killed processes left, and say how many unfinished writes that were."""
+    removed = catalog.store.sweep(catalog.layout.adapter, LEFTOVER_AFTER_S)
+    forget_leases(catalog, seen)
+    forget_probes(catalog, seen.now)
+    return removed
 
 
 def forget_leases(catalog: Catalog, seen: Seen) -> None:

@@ -4,12 +4,16 @@
     ...
     collector.close()
 
+Where the rule keeps every version there are still attempts that nobody committed and uploads that nobody finished. They
+have time: after the first look an hour passes to the next. So it is with the walk for unfinished writes.
+
 A collection that fails costs disk space and nothing else: it is counted, said once until one succeeds, and the next one
 finishes what it began. So it never ends training.
 """
 
 import logging
 import threading
+import time
 
 from publisher.collect import collect
 from publisher.retention import Rule
@@ -19,6 +23,7 @@ from shared.fates import Fates
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0  # a store that hangs is not waited for any longer
+LEFTOVERS_EVERY_S = 3600.0  # they go when they are a day old
 
 
 class _Closed(Exception):
@@ -33,6 +38,7 @@ class Collector:
         self._fates = Fates(catalog.store, catalog.layout)
         self.collected = self.failures = 0
         self._failing = False
+        self._leftovers_at: float | None = None  # when they were last looked for
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
         self._thread.start()
@@ -44,8 +50,18 @@ class Collector:
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval_s):
+            leftovers = self._leftovers_at is None or time.monotonic() - self._leftovers_at >= LEFTOVERS_EVERY_S
+            if not (leftovers or self._rule.newest):
+                continue
             try:
-                outcome = collect(self._catalog, self._fates, self._rule, grace_s=self._grace_s, sleep=self._wait)
+                outcome = collect(
+                    self._catalog,
+                    self._fates,
+                    self._rule,
+                    grace_s=self._grace_s,
+                    sleep=self._wait,
+                    leftovers=leftovers,
+                )
             except _Closed:
                 return
             except Exception as error:
@@ -55,6 +71,8 @@ class Collector:
                 self._failing = True
                 continue
             self._failing = False
+            if leftovers:
+                self._leftovers_at = time.monotonic()
             self.collected += len(outcome.collected)
             if outcome.collected:
                 log.info("collected versions=%d bytes=%d", len(outcome.collected), outcome.swept.bytes)

@@ -110,7 +110,7 @@ class Trainer:
             position=self._life.position,
             poll_interval_s=config.store.poll_interval_s,
         )
-        self._collector = self._new_collector() if config.retention.keep_versions else None
+        self._collector = self._new_collector()
 
     def _new_collector(self) -> Collector:
         retention = self._config.retention
@@ -160,8 +160,8 @@ class Trainer:
             "skipped_versions": self._publisher.skipped,
             "missed_checkpoints": self._checkpoints.missed,
             "missed_hints": self._hint.missed,
-            "collected_versions": self._collector.collected if self._collector else 0,
-            "failed_collections": self._collector.failures if self._collector else 0,
+            "collected_versions": self._collector.collected,
+            "failed_collections": self._collector.failures,
             "store_failures": self._publisher.store_failures + self._intake.store_failures + self._fence.failures,
             **self._publishing(),
             **{name: life.last.get(name) for name in ("loss", "mean_reward", "grad_norm", "wait_s", "step_s")},
@@ -258,8 +258,7 @@ class Trainer:
             self._publisher.close(abandon=True)
             raise
         finally:
-            if self._collector is not None:
-                self._collector.close()
+            self._collector.close()
             self._checkpoints.shutdown()
             self._hint.close()
 
