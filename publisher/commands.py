@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import sys
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from publisher.resume import Outlook
     from publisher.retention import Rule
     from shared.catalog import Catalog
-    from shared.fates import Fates
     from shared.manifest import Manifest
     from shared.versions import Version
 
@@ -58,6 +56,7 @@ def add_pin(subparsers: Subparsers) -> None:
     parser.add_argument("version", help="EPOCH-NUMBER, NUMBER or latest")
     parser.add_argument("--reason", default="", metavar="TEXT", help="for who reads it later")
     parser.add_argument("--remove", action="store_true", help="unpin it")
+    parser.add_argument("--json", action="store_true", help="as a JSON object")
     parser.set_defaults(run=_pin)
 
 
@@ -111,6 +110,7 @@ def _gc(options: argparse.Namespace) -> int:
 
     retention, rule = read_section(options, "retention", RetentionConfig), _rule(options)
     catalog = _catalog(options)
+    _demand_there(catalog)
     fates = Fates(catalog.store, catalog.layout)
     if options.dry_run:
         outcome = Outcome(choose(catalog, fates, rule))
@@ -122,6 +122,22 @@ def _gc(options: argparse.Namespace) -> int:
     else:
         _tell(facts)
     return 0
+
+
+def _demand_there(catalog: "Catalog") -> None:
+    """Check that the adapter is there before anything is written: a typing error must not look like a clean store.
+
+    Raises:
+        UsageError: neither a layout nor a manifest.
+    """
+    from shared.errors import KeyMissing
+
+    try:
+        catalog.store.get(catalog.layout.layout)
+    except KeyMissing:
+        if not catalog.store.list(catalog.layout.manifests):
+            problem = f"no adapter {catalog.layout.adapter!r} at {catalog.store.url}"
+            raise UsageError(problem, op="collect", hint="Check --store and --adapter") from None
 
 
 def _rule(options: argparse.Namespace) -> "Rule":
@@ -154,6 +170,7 @@ def _facts(catalog: "Catalog", rule: "Rule", outcome: "Outcome", *, dry_run: boo
         "store": catalog.store.url,
         "dry_run": dry_run,
         "keep_newest": rule.newest,
+        "keep_asked": rule.keep_versions,
         "keep_younger_s": rule.keep_younger_s,
         "collected": _sizes(plan, collected),
         "orphans": _sizes(plan, orphans),
@@ -173,6 +190,8 @@ def _sizes(plan: "Plan", versions: Collection["Version"]) -> list[dict[str, Any]
 def _tell(facts: Mapping[str, Any]) -> None:
     """The same for a person."""
     would = "would delete" if facts["dry_run"] else "deleted"
+    if facts["keep_newest"] > facts["keep_asked"] > 0:
+        print(f"the newest {facts['keep_newest']} stay, not {facts['keep_asked']}: train.max_staleness needs them")
     kinds = {
         "collected": "versions",
         "orphans": "attempts that were never committed",
@@ -202,46 +221,30 @@ def _span(versions: list[str]) -> str:
 
 
 def _pin(options: argparse.Namespace) -> int:
-    from shared.fates import Fates
+    from shared.fates import Fates, resolve
 
     catalog = _catalog(options)
     fates = Fates(catalog.store, catalog.layout)
-    version = _resolve(catalog, fates, options.version)
-    if options.remove:
-        print(f"{version} unpinned" if fates.unpin(version, options.reason) else f"{version} was not pinned")
+    version = resolve(catalog, fates, options.version)
+    changed = fates.unpin(version, options.reason) if options.remove else fates.pin(version, options.reason)
+    if options.json:
+        print(json.dumps({"version": str(version), "pinned": not options.remove, "changed": changed}))
+    elif options.remove:
+        print(f"{version} unpinned" if changed else f"{version} was not pinned")
     else:
-        print(f"{version} pinned" if fates.pin(version, options.reason) else f"{version} was pinned already")
+        print(f"{version} pinned" if changed else f"{version} was pinned already")
     return 0
-
-
-def _resolve(catalog: "Catalog", fates: "Fates", text: str) -> "Version":
-    """A version as a person writes it; one that was collected is told apart from one that never was."""
-    from shared.fates import Fate
-    from shared.versions import Version
-
-    try:
-        return catalog.resolve(text)
-    except UsageError:
-        if "-" not in text:
-            raise
-        version = Version.parse(text)
-        last = fates.last(version)
-        if last is None or last.fate is not Fate.COLLECTED:
-            raise
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.at))
-        problem = f"{version} was collected on {when} by {last.by}: its data is gone"
-        raise UsageError(problem, op="find version", hint="lorasync versions shows what is there") from None
 
 
 def _rollback(options: argparse.Namespace) -> int:
     from publisher.rollback import demand_target, roll_back
-    from shared.fates import Fates
+    from shared.fates import Fates, resolve
     from shared.signing import load_seal
 
     if options.json and not options.yes:
         raise UsageError("--json asks nothing, so it needs --yes", op="rollback")
     catalog, key = _catalog(options, signs=True), read_store_config(options).sign_key
-    target = demand_target(catalog, _resolve(catalog, Fates(catalog.store, catalog.layout), options.version))
+    target = demand_target(catalog, resolve(catalog, Fates(catalog.store, catalog.layout), options.version))
     signed = next((manifest.version for manifest in (target, _newest_readable(catalog)) if manifest.signature), None)
     if signed and not key:
         problem = f"{signed} is signed, and readers that trust its key would refuse the rollback"

@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared import strict_json
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.layout import Layout, version_of
 from shared.store import Store
 from shared.versions import Version
+
+if TYPE_CHECKING:
+    from shared.catalog import Catalog
 
 MAX_FATE_BYTES = 100_000
 MAX_TRIES = 100  # of one decision; each lost one means that somebody else's was written
@@ -52,6 +55,26 @@ class Entry:
     def to_bytes(self) -> bytes:
         body: dict[str, Any] = {"fate": self.fate.value, "by": self.by, "reason": self.reason, "at": self.at}
         return strict_json.dumps(body | ({"digest": self.digest} if self.digest else {}))
+
+
+def resolve(catalog: "Catalog", fates: "Fates", text: str) -> Version:
+    """A version as a person writes it; one that was collected is told apart from one that never was.
+
+    Raises:
+        UsageError: no such version, or not the name of one.
+    """
+    try:
+        return catalog.resolve(text)
+    except UsageError:
+        if "-" not in text:
+            raise
+        version = Version.parse(text)
+        last = fates.last(version)
+        if last is None or last.fate is not Fate.COLLECTED:
+            raise
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.at))
+        problem = f"{version} was collected on {when} by {last.by}: its data is gone"
+        raise UsageError(problem, op="find version", hint="lorasync versions shows what is there") from None
 
 
 class Fates:

@@ -1,7 +1,6 @@
 """`lorasync versions`, `verify`, `export`, `status`: what a person asks of a store. Light at import."""
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from shared.catalog import Catalog
     from shared.fates import Entry
+    from shared.leases import Lease
     from shared.manifest import Manifest
     from shared.versions import Version
 
@@ -173,9 +173,12 @@ def _receipts(catalog: "Catalog", shown: "Sequence[Version]") -> "dict[Version, 
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from shared.fates import Fates, resolve
+
     catalog = _catalog(options)
-    versions = catalog.versions() if options.all else [catalog.resolve(options.version)]
-    base = _Base(options.base)
+    fates = Fates(catalog.store, catalog.layout)
+    versions = catalog.versions() if options.all else [resolve(catalog, fates, options.version)]
+    base, lease = _Base(options.base), _lease(catalog, "verify")
     results: list[dict[str, Any]] = []
     if options.all:
         results += ({"version": str(version), "ok": True, "expired": True} for version in catalog.collected())
@@ -184,7 +187,7 @@ def _verify(options: argparse.Namespace) -> int:
             print(f"\rverifying {number} of {len(versions)}: {version} ", end="", file=sys.stderr, flush=True)
         result: dict[str, Any] = {"version": str(version), "ok": True}
         try:
-            result.update(_verify_one(catalog, base, version))
+            result.update(_verify_one(catalog, base, version, lease))
         except Corrupt as error:
             result.update(ok=False, error=f"{type(error).__name__}: {error}")
         except KeyMissing as error:
@@ -209,10 +212,10 @@ def _verify(options: argparse.Namespace) -> int:
     return Corrupt.exit_code if bad else 0
 
 
-def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[str, Any]:
+def _verify_one(catalog: "Catalog", base: "_Base", version: "Version", lease: "Lease") -> dict[str, Any]:
     from shared.fetch import verify
 
-    with _held(catalog, version, "verify"):
+    with lease.holding({version}):
         manifest = catalog.manifest(version)
         expected = base.expected(manifest)
         verify(catalog.store, manifest, expected)
@@ -228,11 +231,11 @@ def _verify_one(catalog: "Catalog", base: "_Base", version: "Version") -> dict[s
     return {"bytes": manifest.size, "tensors": len(expected)}
 
 
-def _held(catalog: "Catalog", version: "Version", reader: str) -> contextlib.AbstractContextManager[None]:
-    """Keep a version from being collected while it is read."""
+def _lease(catalog: "Catalog", reader: str) -> "Lease":
+    """What keeps versions from being collected while they are read."""
     from shared.leases import Lease
 
-    return Lease(catalog.store, catalog.layout, reader).holding({version})
+    return Lease(catalog.store, catalog.layout, reader)
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
@@ -267,6 +270,7 @@ class _Base:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from shared.fates import Fates, resolve
     from shared.fetch import CONFIG, DIGEST, MANIFEST, WEIGHTS, fetch
 
     catalog = _catalog(options)
@@ -275,8 +279,9 @@ def _export(options: argparse.Namespace) -> int:
         held = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
         if held and (MANIFEST not in held or not held <= {CONFIG, DIGEST, MANIFEST, WEIGHTS}):
             raise UsageError("not an empty directory", op="export", key=str(out), hint="Name a new one with --out")
-    version, base = catalog.resolve(options.version), _Base(options.base)
-    with _held(catalog, version, "export"):
+    version = resolve(catalog, Fates(catalog.store, catalog.layout), options.version)
+    base = _Base(options.base)
+    with _lease(catalog, "export").holding({version}):
         manifest = catalog.manifest(version)
         base_name = str(options.base) if options.base else manifest.base.model_type
         fetch(catalog.store, manifest, base.expected(manifest), out.absolute(), base_name=base_name)

@@ -111,6 +111,45 @@ def test_verify_says_what_expired_and_that_data_without_a_void_is_missing(url: s
     assert done.returncode == 4 and "2 of 3 versions whole" in done.stdout
 
 
+@pytest.mark.parametrize("command", [["verify", "1-0"], ["export", "1-0", "--out", "out"]])
+def test_what_was_collected_is_said_with_when_and_by_whom(url: str, tmp_path: Path, command: list[str]):
+    lorasync("gc", "--store", url, "--keep", "1", *GRACE)
+    done = lorasync(*[str(tmp_path / word) if word == "out" else word for word in command], "--store", url)
+    assert done.returncode == 2 and "0001-000000 was collected on 2" in done.stderr
+
+
+def test_verifying_every_version_takes_one_lease_after_another_under_one_holder(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    put, held = LocalStore.put, list[str]()
+    noting = lambda store, key, content: (held.append(key), put(store, key, content))[1]  # noqa: E731
+    monkeypatch.setattr(LocalStore, "put", noting)
+    assert main(["verify", "--all", "--store", url]) == 0
+    holders = {key.rpartition("-")[0] for key in held if "/leases/" in key}
+    assert len(held) == 6 and len(holders) == 1
+
+
+@pytest.mark.parametrize("place", ["store", "adapter"])
+def test_gc_of_what_is_not_there_is_a_mistake_and_writes_nothing(url: str, tmp_path: Path, place: str):
+    flags = ["--store", f"{url}-typo"] if place == "store" else ["--store", url, "--adapter", "typo"]
+    done = lorasync("gc", *flags)
+    assert done.returncode == 2 and "no adapter" in done.stderr
+    assert not (tmp_path / "store-typo").exists() and not (tmp_path / "store" / "typo").exists()
+
+
+def test_gc_says_that_more_are_kept_than_were_asked_for(url: str):
+    assert (
+        "the newest 3 stay, not 2: train.max_staleness" in lorasync("gc", "--store", url, "--keep", "2", *GRACE).stdout
+    )
+    assert "stay, not" not in lorasync("gc", "--store", url, "--keep", "3").stdout
+
+
+def test_a_pin_for_a_machine(url: str):
+    assert said("pin", "4", "--store", url) == {"version": "0001-000004", "pinned": True, "changed": True}
+    assert said("pin", "4", "--store", url)["changed"] is False
+    assert said("pin", "4", "--remove", "--store", url) == {"version": "0001-000004", "pinned": False, "changed": True}
+
+
 @pytest.mark.parametrize("flag", [["--keep", "0"], ["--older-than", "7"], ["--keep", "many"]])
 def test_gc_refuses_what_would_not_be_a_rule(url: str, flag: list[str]):
     done = lorasync("gc", "--store", url, *flag)
