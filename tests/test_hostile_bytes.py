@@ -367,7 +367,7 @@ _RECTANGLES = st.lists(
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.integers(1, 4), st.integers(1, 4), _RECTANGLES, st.integers(0, 3), st.booleans())
-def test_slices_are_whole_exactly_where_each_cell_is_in_one_of_them(
+def test_slices_are_whole_exactly_where_each_cell_is_in_one_of_them_and_none_is_empty(
     rows: int, columns: int, drawn: list[tuple[int, int, int, int]], cut: int, tiling: bool
 ):
     rectangles = drawn
@@ -381,7 +381,7 @@ def test_slices_are_whole_exactly_where_each_cell_is_in_one_of_them(
     wanted[:rows, :columns] = 1
     slices = tuple(Slice(0, f"t@{n}", r[:2], r[2:]) for n, r in enumerate(rectangles))
     manifest: Any = SimpleNamespace(tensors={"t": Tensor("BF16", (rows, columns), slices)}, aliases={}, version="v")
-    if (cells == wanted).all():
+    if (cells == wanted).all() and not any(0 in slice_.shape for slice_ in slices):
         demand_complete(manifest, {"t": (rows, columns)})
     else:
         with pytest.raises(Corrupt, match="not covered exactly once"):
