@@ -3,6 +3,8 @@
 Promises: bounded in attempts and in time; waits grow exponentially and are jittered, so that a fleet does not come back
 in step; a server that asks to be left alone (503 SlowDown, 429, Retry-After) is left alone for longer. The error that
 gets out names the operation, the key, how often it was tried and for how long.
+The floor: a request that brings less than SLOWEST_BYTES_PER_S is given up, so over a line that is slower for each of
+the requests at once (of four: 1 MiB/s) a large object never arrives.
 Does not: decide what may be repeated. Callers hand in reads and writes that are safe to make twice: an object is
 written whole, an exclusive write is read back, a part of an upload has its number.
 """
@@ -10,7 +12,7 @@ written whole, an exclusive write is read back, a part of an upload has its numb
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from shared.errors import LorasyncError, StoreError
@@ -55,6 +57,10 @@ class Retry:
     rng: random.Random = field(default_factory=random.Random)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+
+    def for_bytes(self, size: int) -> "Retry":
+        """The same for requests that carry so many bytes: one that took its whole deadline is made once more."""
+        return replace(self, for_s=max(self.for_s, 2 * deadline_s(size)))
 
     def run(self, call: Callable[[], Result], diagnose: Callable[[Exception], Fault]) -> Result:
         """Make a repeatable call until it succeeds, fails for good, or the bounds are reached.

@@ -133,6 +133,18 @@ def test_our_own_passing_errors_are_tried_again_as_well(clock: Clock):
     assert patient(clock).run(call, passing) == 3
 
 
+@pytest.mark.parametrize("size", [1, 16 << 20, 100_000_000])
+def test_a_request_that_took_its_whole_deadline_is_made_once_more(clock: Clock, size: int):
+    again = patient(clock).for_bytes(size)
+    assert again.run(failing(clock, 1, takes_s=deadline_s(size)), passing) == 2
+    with pytest.raises(StoreError, match="2 attempts"):
+        again.run(failing(clock, 99, takes_s=deadline_s(size)), passing)
+
+
+def test_who_is_patient_already_stays_so(clock: Clock):
+    assert patient(clock, for_s=1000.0).for_bytes(1).for_s == 1000.0
+
+
 def test_an_interrupt_is_no_fault(clock: Clock):
     def call() -> None:
         raise KeyboardInterrupt
