@@ -18,7 +18,7 @@ import pytest
 from test_s3_mistakes import lorasync, works_in
 
 from shared.errors import StoreUnfit
-from shared.stores import open_store, probe
+from shared.stores import Client, open_store, probe
 
 pytestmark = pytest.mark.ceph
 
@@ -68,8 +68,9 @@ def _endpoint(process: subprocess.Popen[bytes], log: Path) -> str:
     return said[1]
 
 
-def test_the_probe_refuses_it_and_names_what_it_does_not_keep(rclone: RcloneServer):
-    store = open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}", rclone.options)
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+def test_the_probe_refuses_it_and_names_what_it_does_not_keep(rclone: RcloneServer, client: Client):
+    store = open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}", rclone.options, client)
     with pytest.raises(StoreUnfit, match="does not keep: put-if-absent never overwrites") as caught:
         probe(store, "policy/probes")
     assert "conditional writes" in caught.value.hint
