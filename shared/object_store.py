@@ -18,7 +18,7 @@ import fsspec
 from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.retry import Fault, Retry
-from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly
+from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly, is_ours
 from shared.store_faults import diagnose, status_of, symptoms_of
 
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ class ObjectStore:
         return self._retried("get", key, lambda: self._read_whole(path, key, max_bytes))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        path = self._path(key)
+        path, patient = self._path(key), self._retry.for_bytes(end - start)
 
         def read() -> bytes:
             try:
@@ -72,7 +72,7 @@ class ObjectStore:
                     return b""
                 raise
 
-        return self._retried("get", key, read)
+        return patient.run(read, lambda error: self._fault("get", key, error))
 
     def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         """Compare what `info` says changes with the content, then read."""
@@ -103,11 +103,8 @@ class ObjectStore:
                 return True
             except FileExistsError:
                 pass
-            try:
-                return self._read_whole(path, key) == content
-            except FileNotFoundError as error:  # Azure's client says "exists" to each 409, also to those that pass
-                problem = "refused as existing, and nothing is there"
-                raise StoreError(problem, op="put if absent", key=key, retryable=True) from error
+            # Azure's client says "exists" to each 409, also to those that pass.
+            return is_ours(partial(self._read_whole, path, key), content, key)
 
         def write_alone() -> bool:
             with _MEMORY_LOCK:
@@ -196,9 +193,9 @@ def _file_system(url: str, settings: Mapping[str, Any]) -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **settings))
     # gcsfs's default class first asks another service, over gRPC, what kind of bucket it is: a minute where that is
     # blocked. This one speaks the JSON API and nothing else.
-    from gcsfs.core import GCSFileSystem
+    from gcsfs import core
 
-    return GCSFileSystem(**settings), GCSFileSystem._strip_protocol(url)
+    return core.GCSFileSystem(**settings), core.GCSFileSystem._strip_protocol(url)
 
 
 def modified(info: Mapping[str, Any]) -> float:

@@ -5,7 +5,8 @@
 
 Promises and guards as shared/s3_store.py. Its own API is used, for its fsspec layer ignores `mode="create"`. Small
 requests are retried by `shared.retry`; the parts of a large write by obstore itself, which alone has their bytes,
-within the same bounds. Each request has a deadline by its bytes, which is a client's own: so there are a few of them.
+within the same bounds. Each request has a deadline by its bytes. That of a write or a listing is a client's own, so
+there are a few of them; what is read is taken piece by piece, and the clock looked at.
 Only the blocking API is used: after awaited calls, two processes of three were seen to abort at their exit, when
 obstore's threads let go of Python's objects.
 
@@ -14,16 +15,18 @@ writers, s3fs does.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from io import BytesIO
 from typing import Any, TypeVar
 
 from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.retry import Fault, Retry
 from shared.s3_upload import IN_FLIGHT, PART_BYTES, part_bytes
-from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly
+from shared.store import MAX_EXCLUSIVE_BYTES, Entry, Fetched, check_key, demand_exclusive_size, exactly, is_ours
 from shared.store_faults import Symptoms, diagnose
 
 Result = TypeVar("Result")
@@ -37,6 +40,7 @@ S3_OPTIONS = {
     "anon": "skip_signature",
 }
 PAGE_KEYS = 1000
+PAGE_BYTES = 1 << 20  # at most, of a listing's answer with so many keys
 PIECE_BYTES = 1 << 20
 WRITE_BYTES = (1 << 20, PART_BYTES, MAX_EXCLUSIVE_BYTES)  # clients for writes up to so many bytes: one deadline each
 
@@ -60,7 +64,9 @@ class ObstoreStore:
         self._obstore, self._retry = obstore, again or Retry()
         self._bucket, _, below = path.partition("/")
         self._prefix = f"{below.strip('/')}/" if below.strip("/") else ""
-        self._reader = self._open(MAX_EXCLUSIVE_BYTES, read_timeout=timedelta(seconds=retry.READ_TIMEOUT_S))
+        silent = timedelta(seconds=retry.READ_TIMEOUT_S)
+        self._reader = self._open(MAX_EXCLUSIVE_BYTES, read_timeout=silent)
+        self._lister = self._open(PAGE_BYTES, read_timeout=silent)
         self._writers = {size: self._open(size) for size in WRITE_BYTES}
 
     def get(self, key: str, max_bytes: int | None = None) -> bytes:
@@ -68,17 +74,17 @@ class ObstoreStore:
         return self._retried("get", key, lambda: self._read(name, key, max_bytes).content)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        name = self._name(key)
+        name, patient = self._name(key), self._retry.for_bytes(end - start)
 
         def read() -> bytes:
             try:
-                return bytes(self._obstore.get_range(self._reader, name, start=start, end=end))
+                return self._read(name, key, options={"range": (start, end)}).content
             except Exception as error:
                 if _symptoms(error).status == 416 or "Wanted range starting at" in str(error):  # the object ends before
                     return b""
                 raise
 
-        return self._retried("get", key, read)
+        return patient.run(read, lambda error: self._fault("get", key, error))
 
     def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         name = self._name(key)
@@ -105,11 +111,8 @@ class ObstoreStore:
                 return True
             except self._obstore.exceptions.AlreadyExistsError:
                 pass
-            try:
-                return self._read(name, key).content == content
-            except FileNotFoundError as error:  # obstore says "exists" to 409 too, which passes
-                problem = "refused as existing, and nothing is there"
-                raise StoreError(problem, op="put if absent", key=key, retryable=True) from error
+            # obstore says "exists" to 409 too, which passes.
+            return is_ours(lambda most: self._read(name, key, most).content, content, key)
 
         return self._retried("put if absent", key, write)
 
@@ -154,7 +157,7 @@ class ObstoreStore:
 
         def read() -> list[Entry]:
             entries: list[Entry] = []
-            for page in self._obstore.list(self._reader, below or None, offset=offset, chunk_size=PAGE_KEYS):
+            for page in self._obstore.list(self._lister, below or None, offset=offset, chunk_size=PAGE_KEYS):
                 found = ((meta["path"][cut:], meta) for meta in page)
                 entries += [Entry(key, meta["size"], meta["last_modified"].timestamp()) for key, meta in found]
             return sorted((entry for entry in entries if entry.key > after), key=lambda entry: entry.key)
@@ -210,18 +213,19 @@ class ObstoreStore:
             raise UsageError(f"cannot open {self.url} with obstore: {_text(error)}", op="open store") from error
 
     def _read(
-        self, name: str, key: str, max_bytes: int | None = None, conditions: Mapping[str, str] | None = None
+        self, name: str, key: str, max_bytes: int | None = None, options: Mapping[str, Any] | None = None
     ) -> Fetched:
         """One request.
 
         Raises:
             Corrupt: more than `max_bytes`; the answer is dropped unread.
         """
-        answer = self._obstore.get(self._reader, name, options=dict(conditions or {}))
-        size = int(answer.meta["size"])
+        answer = self._obstore.get(self._reader, name, options=dict(options or {}))
+        start, end = answer.range
+        size = end - start
         if max_bytes is not None and size > max_bytes:
             raise Corrupt(f"more than the {max_bytes} bytes allowed", op="get", key=key)
-        return Fetched(bytes(answer.bytes()), answer.meta["e_tag"] or "")
+        return Fetched(_received(answer.stream(min_chunk_size=1), size), answer.meta["e_tag"] or "")
 
     def _write(self, name: str, content: bytes, mode: str) -> None:
         wide = (writer for size, writer in self._writers.items() if len(content) <= size)
@@ -230,7 +234,7 @@ class ObstoreStore:
 
     def _stands(self, name: str, size: int) -> bool:
         try:
-            meta = self._retried("get", name, lambda: self._obstore.head(self._reader, name))
+            meta = self._retried("get", name, lambda: self._obstore.head(self._lister, name))
         except StoreError:
             return False
         return bool(meta["size"] == size)
@@ -243,6 +247,21 @@ class ObstoreStore:
 
     def _fault(self, op: str, key: str, error: Exception) -> Fault:
         return diagnose(_symptoms(error), url=self.url, op=op, key=key)
+
+
+def _received(pieces: Iterable[bytes], size: int) -> bytes:
+    """The bytes of an answer, in memory once.
+
+    Raises:
+        TimeoutError: they trickle.
+    """
+    deadline_s = retry.deadline_s(size)
+    whole, over_at = BytesIO(), time.monotonic() + deadline_s
+    for piece in pieces:
+        if time.monotonic() > over_at:
+            raise TimeoutError(f"{size} bytes not given within {deadline_s:.0f} s")
+        whole.write(piece)
+    return whole.getvalue()  # no copy: nobody else holds them
 
 
 def _copied(chunks: Iterable[memoryview]) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from shared import retry
 from shared.errors import Corrupt, StoreError, UsageError
 from shared.retry import Fault, Retry
 from shared.s3_upload import PART_BYTES, upload
-from shared.store import Entry, Fetched, check_key, demand_exclusive_size, exactly
+from shared.store import Entry, Fetched, check_key, demand_exclusive_size, exactly, is_ours
 from shared.store_faults import diagnose, status_of, symptoms_of
 
 Result = TypeVar("Result")
@@ -61,17 +61,22 @@ class S3Store:
         return self._retried("get", key, lambda: self._body(self._call("get_object", Key=name), key, max_bytes))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
-        name = self._name(key)
+        name, patient = self._name(key), self._retry.for_bytes(end - start)
 
         def read() -> bytes:
             try:
-                return self._body(self._call("get_object", Key=name, Range=f"bytes={start}-{end - 1}"), key)
+                answer = self._call("get_object", Key=name, Range=f"bytes={start}-{end - 1}")
             except Exception as error:
                 if status_of(error) == 416:  # the object ends before
                     return b""
                 raise
+            if (start and "ContentRange" not in answer) or int(answer["ContentLength"]) > end - start:
+                answer["Body"].close()
+                problem = f"{self.url} gives all of an object where a range is asked for"
+                raise StoreError(problem, op="get", key=key, hint="Use a store, or a proxy, that heeds Range")
+            return self._body(answer, key)
 
-        return self._retried("get", key, read)
+        return patient.run(read, self._diagnosis("get", key))
 
     def get_if_changed(self, key: str, tag: str, max_bytes: int | None = None) -> Fetched | None:
         name, condition = self._name(key), {"IfNoneMatch": tag} if tag else {}
@@ -102,7 +107,7 @@ class S3Store:
             except Exception as error:
                 if status_of(error) != 412:
                     raise
-            return self._body(self._call("get_object", Key=name), key) == content
+            return is_ours(lambda most: self._body(self._call("get_object", Key=name), key, most), content, key)
 
         return self._retried("put if absent", key, write)
 

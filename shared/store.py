@@ -8,11 +8,11 @@ Keys are relative, `/`-separated, and checked: a key can't leave the store.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.errors import StoreError, UsageError
+from shared.errors import Corrupt, StoreError, UsageError
 
 MAX_KEY_LENGTH = 512  # characters
 MAX_EXCLUSIVE_BYTES = 100_000_000  # of one conditional request; a multipart create has many winners on some servers
@@ -164,3 +164,21 @@ def demand_exclusive_size(content: bytes, key: str) -> None:
     if len(content) > MAX_EXCLUSIVE_BYTES:
         problem = f"{len(content)} bytes, more than the {MAX_EXCLUSIVE_BYTES} of one conditional request"
         raise StoreError(problem, op="put if absent", key=key)
+
+
+def is_ours(read: Callable[[int], bytes], content: bytes, key: str) -> bool:
+    """Whether `content` stands under a name that was refused as taken: an earlier try wrote it, its answer was lost.
+
+    Args:
+        read: the object, of at most so many bytes; raises Corrupt if it has more.
+
+    Raises:
+        StoreError: nothing stands there. Two writes met, or somebody deleted it: try again.
+    """
+    try:
+        return read(len(content)) == content
+    except Corrupt:
+        return False
+    except FileNotFoundError as error:
+        problem = "refused as existing, and nothing is there"
+        raise StoreError(problem, op="put if absent", key=key, retryable=True) from error

@@ -190,6 +190,29 @@ def swallowing() -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def giving(size: int, *, ranges: bool = True) -> Iterator[str]:
+    """A server where every object is so many zeros: its endpoint.
+
+    Args:
+        ranges: whether it heeds Range; else it gives all.
+    """
+    headers = [("ETag", '"1"'), ("Last-Modified", "Mon, 23 Nov 2026 17:00:00 GMT")]
+
+    class Handler(_Handler):
+        def handle_it(self) -> None:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if not ranges or asked is None:
+                _reply(self, 200, headers, bytes(size))
+                return
+            start, last = int(asked[1]), min(int(asked[2]), size - 1)
+            given = ("Content-Range", f"bytes {start}-{last}/{size}")
+            _reply(self, 206, [*headers, given], bytes(last + 1 - start))
+
+    with _serving(Handler) as endpoint:
+        yield endpoint
+
+
+@contextlib.contextmanager
 def mute() -> Iterator[str]:
     """A server that accepts connections, reads no more than its kernel's buffers take, and never says a word."""
     with socket.socket() as listener, contextlib.ExitStack() as accepted:

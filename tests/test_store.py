@@ -5,6 +5,7 @@ import contextlib
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from shared.stores import open_store, probe
 
 WRITERS = 8
 ROUNDS = 8
+THEIRS_BYTES = 24 << 20
 
 
 @pytest.fixture(params=store_openers.STORES)
@@ -62,6 +64,17 @@ def test_an_exclusive_write_of_the_same_bytes_succeeds_and_of_others_does_not(st
     assert store.put_if_absent("a/b", b"mine")
     assert not store.put_if_absent("a/b", b"yours")
     assert store.get("a/b") == b"mine"
+
+
+def test_an_exclusive_write_does_not_read_what_is_larger_than_its_own(store: Store):
+    store.put_stream("a/b", [bytes(THEIRS_BYTES)], THEIRS_BYTES)
+    tracemalloc.start()
+    try:
+        assert not store.put_if_absent("a/b", b"mine")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < THEIRS_BYTES // 2
 
 
 def test_put_overwrites_and_readers_see_one_whole_object_or_the_other(opener: Opener):

@@ -114,6 +114,8 @@ def test_refused_credentials_are_told_and_not_tried_again(error: Exception):
         (s3(409, "ConditionalRequestConflict"), False),
         (ServiceRequestError("refused"), False),
         (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), False),
+        (botocore.exceptions.ProxyConnectionError(proxy_url="http://x", error="refused"), False),
+        (botocore.exceptions.SSLError(endpoint_url="https://x", error="EOF in violation of protocol"), False),
         (TimeoutError("16 bytes not given within 25 s"), False),
         (ConnectionResetError("reset"), False),
     ],
@@ -160,6 +162,9 @@ class _Busy(fsspec.AbstractFileSystem):  # type: ignore[misc]
             self.refusals -= 1
             raise FileExistsError(path)
         self.objects[path] = value
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": len(self.cat_file(path)), "type": "file"}
 
     def cat_file(self, path: str, **_: Any) -> bytes:
         if path not in self.objects:

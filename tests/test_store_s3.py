@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +12,24 @@ from typing import Any
 import http_witness
 import pytest
 from http_witness import Witness, witness
+from s3_server import S3Server
 from store_openers import ON_S3, SERVERS
 
+from shared import retry
 from shared.errors import KeyMissing, StoreError, UsageError
+from shared.obstore_store import ObstoreStore
+from shared.retry import Retry
 from shared.s3_store import S3Store
 from shared.s3_upload import IN_FLIGHT, PART_BYTES, part_bytes
 from shared.store import Store
 from shared.stores import Client, open_store, probe
+from shared.transfer import THREADS
 
 MIB = 1 << 20
+LARGE_BYTES = 256 * MIB
 MEMORY_ABOVE_PARTS = 64 * MIB
+MEMORY_ABOVE_DOWNLOAD = {"fsspec": 96 * MIB, "obstore": 48 * MIB}  # aiohttp joins what it got
+GIVEN_UP_S = 30.0  # where the size allows 3 s, and a client's largest request more than six minutes
 HISTORY = 1100  # more than one page of a listing
 KILL_TIMEOUT_S = 120.0
 
@@ -193,6 +202,13 @@ def test_two_conditional_writes_that_meet_are_told_apart_from_a_name_that_is_tak
     assert place.store.get("m/a") == b"ours"
 
 
+def test_a_name_refused_as_taken_where_nothing_is_is_written_at_the_next_try(place: Place):
+    """Whoever had it was deleted before we could read it."""
+    place.between.answer("PUT .*m/a", 412, "PreconditionFailed")
+    assert place.store.put_if_absent("m/a", b"ours")
+    assert place.store.get("m/a") == b"ours"
+
+
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}])
 def test_a_server_that_says_slow_down_is_left_alone_before_it_is_asked_again(place: Place, headers: dict[str, str]):
     place.store.put("m/a", b"x")
@@ -245,6 +261,47 @@ def test_nobody_listening_is_a_passing_fault_with_a_hint(place: Place):
     assert caught.value.retryable
 
 
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+@pytest.mark.parametrize(("size", "start", "end"), [(MIB, 0, 1000), (MIB, 1000, 2000), (10, 8, 20)])
+def test_a_server_that_ignores_ranges_is_told(client: Client, size: int, start: int, end: int):
+    with http_witness.giving(size, ranges=False) as endpoint:
+        store = open_store("s3://bucket/x", {"endpoint_url": endpoint, "key": "k", "secret": "s"}, client)
+        with pytest.raises(StoreError, match=r"(?i)range") as caught:
+            store.get_range("data/shard", start, end)
+    assert (caught.value.key, caught.value.retryable) == ("data/shard", False)
+
+
+@pytest.mark.parametrize("kind", [S3Store, ObstoreStore])
+def test_an_answer_that_trickles_is_given_up_by_the_bytes_it_has(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, kind: type[S3Store] | type[ObstoreStore]
+):
+    """40 kB at 200 bytes a second, with no pause as long as the read timeout."""
+    monkeypatch.setattr(retry, "READ_TIMEOUT_S", 2)
+    monkeypatch.setattr(retry, "CONNECT_TIMEOUT_S", 1)
+    store = kind(s3.url(uuid.uuid4().hex), s3.options, Retry(attempts=1))
+    for number in range(10):  # a listing of 3 kB
+        store.put(f"m/{number}", bytes(40_000))
+    s3.weather(trickle_bytes_per_s=200)
+    try:
+        began = time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            calls = [
+                pool.submit(store.get, "m/0"),
+                pool.submit(store.get, "m/0", 50_000),
+                pool.submit(store.get_range, "m/0", 0, 40_000),
+                pool.submit(store.get_if_changed, "m/0", "", 50_000),
+                pool.submit(store.list, "m"),
+            ]
+        for call in calls:
+            with pytest.raises(StoreError) as caught:
+                call.result()
+            assert caught.value.retryable
+        assert time.monotonic() - began < GIVEN_UP_S
+    finally:
+        s3.weather()
+    assert store.get("m/0") == bytes(40_000)
+
+
 def test_an_exclusive_write_larger_than_one_request_is_refused(place: Place):
     with pytest.raises(StoreError, match="one conditional request"):
         place.store.put_if_absent("a", bytes(100_000_001))
@@ -259,31 +316,57 @@ def most():  # bytes resident at the worst moment; other than ru_maxrss not inhe
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
-endpoint, client, size = sys.argv[1:]
-store = open_store("s3://bucket/x", {"endpoint_url": endpoint, "key": "k", "secret": "s"}, client)
+endpoint, client, size, target = sys.argv[1:]
+store = open_store("s3://bucket/x", {{"endpoint_url": endpoint, "key": "k", "secret": "s"}}, client)
 chunk, chunks = bytes(1 << 20), int(size) >> 20
-store.put("small", b"x")
+{warm_up}
 before = most()
-store.put_stream("large", (chunk for _ in range(chunks)), int(size))
+{transfer}
 print(most() - before)
 """
+UPLOAD = {
+    "warm_up": 'store.put("small", b"x")',
+    "transfer": 'store.put_stream("large", (chunk for _ in range(chunks)), int(size))',
+}
+DOWNLOAD = {
+    "warm_up": """
+from hashlib import sha256
+from shared.manifest import Shard
+from shared.transfer import PART_BYTES, download
+digest = sha256(bytes(PART_BYTES)).hexdigest()
+store.get_range("large", 0, 1000)""",
+    "transfer": 'download(store, Shard("large", int(size), (digest,) * (int(size) // PART_BYTES)), Path(target))',
+}
 
 
 @pytest.mark.parametrize("client", ["fsspec", "obstore"])
 def test_a_large_upload_needs_memory_for_its_parts_in_flight_and_little_more(client: str):
-    size = 256 * MIB
     with http_witness.swallowing() as endpoint:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURED, endpoint, client, str(size)],
-            capture_output=True,
-            text=True,
-            timeout=KILL_TIMEOUT_S,
-            cwd=Path(__file__).parents[1],
-        )
+        more = memory_of(UPLOAD, endpoint, client)
+    assert PART_BYTES < more < IN_FLIGHT * PART_BYTES + MEMORY_ABOVE_PARTS
+
+
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+def test_a_large_download_needs_memory_for_its_parts_in_flight_and_little_more(client: str, tmp_path: Path):
+    with http_witness.giving(LARGE_BYTES) as endpoint:
+        more = memory_of(DOWNLOAD, endpoint, client, tmp_path / "shard")
+    assert (tmp_path / "shard").stat().st_size == LARGE_BYTES
+    assert PART_BYTES < more < THREADS * PART_BYTES + MEMORY_ABOVE_DOWNLOAD[client]
+
+
+def memory_of(steps: dict[str, str], endpoint: str, client: str, target: Path | str = "") -> int:
+    """Bytes that a process of its own needs above its start, to move LARGE_BYTES."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(**steps), endpoint, client, str(LARGE_BYTES), str(target)],
+        capture_output=True,
+        text=True,
+        timeout=KILL_TIMEOUT_S,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     more = int(done.stdout)
-    print(f"{client}: {more / MIB:.0f} MiB more for {size / MIB:.0f} MiB")
-    assert PART_BYTES < more < IN_FLIGHT * PART_BYTES + MEMORY_ABOVE_PARTS
+    print(f"{client}: {more / MIB:.0f} MiB more for {LARGE_BYTES / MIB:.0f} MiB")
+    return more
 
 
 def test_obstore_takes_the_options_of_s3fs_that_it_has_and_refuses_the_others():
