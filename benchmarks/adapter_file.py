@@ -1,13 +1,16 @@
 """Our writer and reader of many tensors beside safetensors' save_file and load_file, on the same tensors.
 
-    write   header and bytes to a file, over an older one as save_file does, and not synced as it does not either
-    map     the file mapped, its header checked strictly against what a manifest promises, every tensor a view
-
-`encode` comes before our write where a trainer publishes: 36,864 tensors scaled, converted and put in order.
+save_file   safetensors: from separate tensors to a new file, not synced
+encode      ours, from the same separate tensors: scaled, converted and joined in wire order, every value looked at
+write       ours, from a ready shard, which is what a publisher's background thread has: header and bytes to a new
+            file, not synced either; `encode` and `write` together begin where save_file does
+load_file   safetensors: the file to a dict of tensors
+map         ours: the file mapped, its header checked strictly against what a manifest promises, every tensor a view
 """
 
 import gc
 import mmap
+import os
 from pathlib import Path
 
 import torch
@@ -32,7 +35,10 @@ def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
     loaded: dict[str, torch.Tensor] = {}
     mapped: list[tuple[TensorSpec, memoryview]] = []
     for _ in range(repeats):
-        loaded, mapped = {}, []  # their files are about to be truncated
+        loaded, mapped = {}, []
+        for path in (theirs, ours):
+            path.unlink(missing_ok=True)
+        os.sync()  # or the last round's pages go to the disk in the midst of this one
         gc.collect()
         with watch("save_file"):
             save_file(tensors, theirs)
@@ -55,7 +61,7 @@ def compare(directory: Path, size: Size, repeats: int) -> Stopwatch:
 
 def write(path: Path, shard: EncodedShard) -> None:
     """What a publisher hands to a store, to a file."""
-    with path.open("wb", buffering=0) as file:
+    with path.open("xb", buffering=0) as file:
         for part in in_parts(shard.chunks()):
             for chunk in part:
                 rest = chunk

@@ -31,6 +31,7 @@ class Size:
     layers: int
     rank: int
     repeats: int
+    s3_repeats: int = 1
     targets: tuple[str, ...] = TARGETS
 
     def expected(self) -> dict[str, tuple[int, int]]:
@@ -41,8 +42,8 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("16MB", layers=1, rank=8, repeats=9),
-        Size("200MB", layers=3, rank=32, repeats=9),
+        Size("16MB", layers=1, rank=8, repeats=9, s3_repeats=5),
+        Size("200MB", layers=3, rank=32, repeats=9, s3_repeats=3),
         Size("1700MB", layers=48, rank=16, repeats=5),
         Size("3400MB", layers=48, rank=32, repeats=3),
     )

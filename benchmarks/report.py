@@ -14,6 +14,7 @@ def table(result: dict[str, Any]) -> str:
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     device = result["device"]
     yield f"{device['cpu']}, {device['cores']} cores, load {device['load_average'][0]:.1f} at the start"
+    yield f"S3: {result['s3_server']}"
     for kind, sizes in result["runs"].items():
         yield ""
         yield (
@@ -29,7 +30,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
                 f"{run['ratio_without_digests']:>12.2f}{run['publish_over_write']:>9.2f}"
             )
     for name, run in result.get("clients", {}).items():
-        if name != "server":
+        if isinstance(run, str):
+            if name != "server":
+                yield f"{name}: {run}"
+        else:
             yield ""
             yield f"clients on {result['clients']['server']}, {name}: median seconds (least-most)"
             for step, seconds in run["seconds"].items():
@@ -37,12 +41,14 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
                 yield f"  {step:<24}{seconds['median']:>8.3f} ({seconds['min']:.3f}-{seconds['max']:.3f}){rate}"
     yield ""
     file = result["adapter_file"]
-    for theirs, ours, speedup in (("save_file", "write", "writer_speedup"), ("load_file", "map", "reader_speedup")):
-        their_s, our_s = (file["seconds"][name]["median"] for name in (theirs, ours))
-        cpu = result[speedup.replace("_speedup", "_cpu_speedup")]
+    seconds = {name: of["median"] for name, of in file["seconds"].items()}
+    for theirs, ours, steps, speedup in (
+        ("save_file", "write, from a ready shard", ("write",), "writer"),
+        ("save_file", "encode and write, from separate tensors", ("encode", "write"), "writer_from_tensors"),
+        ("load_file", "map", ("map",), "reader"),
+    ):
+        our_s = " + ".join(f"{seconds[step]:.3f}" for step in steps)
         yield (
-            f"{file['tensors']} tensors: {theirs} {their_s:.3f} s, {ours} {our_s:.3f} s: {result[speedup]:.1f}x"
-            f" (processor time {cpu:.1f}x)"
+            f"{file['tensors']} tensors: {theirs} {seconds[theirs]:.3f} s; {ours} {our_s} s:"
+            f" {result[f'{speedup}_speedup']:.1f}x (processor time {result[f'{speedup}_cpu_speedup']:.1f}x)"
         )
-    encode_s, speedup = file["seconds"]["encode"]["median"], result["writer_with_encoding_speedup"]
-    yield f"{file['tensors']} tensors: encoding {encode_s:.3f} s; writing and encoding {speedup:.1f}x"
