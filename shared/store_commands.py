@@ -114,7 +114,8 @@ def _versions(options: argparse.Namespace) -> int:
             return None
         except Corrupt as error:
             print(f"lorasync: {type(error).__name__}: {error}", file=sys.stderr)
-            return {"version": str(version), "corrupt": str(error), "receipts": receipts.get(version, [])}
+            wrong = {"corrupt": str(error), "kind": type(error).__name__}
+            return {"version": str(version), **wrong, "receipts": receipts.get(version, [])}
 
     rows = [found for found in at_once(row, shown) if found]
     if options.json:

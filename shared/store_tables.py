@@ -17,7 +17,7 @@ def versions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("version", right("step"), right("bytes"), "parent", submitted, "receipts", box=None)
     for row in rows:
         if "corrupt" in row:
-            table.add_row(row["version"], "", "", "", "CORRUPT", " ".join(row["receipts"]))
+            table.add_row(row["version"], "", "", "", row["kind"].upper(), " ".join(row["receipts"]))
             continue
         size, step, at = f"{row['bytes']:,}", "" if row["step"] is None else str(row["step"]), row["submitted_at"]
         notes = ["pinned"] if row["pinned"] else []
