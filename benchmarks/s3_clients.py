@@ -58,10 +58,16 @@ class _Bytes(io.RawIOBase):
 
 
 class _Sink(io.RawIOBase):
-    """Drops what is downloaded into it."""
+    """Drops what is downloaded into it. Seekable: into anything else boto3 brings the parts in order, and may stall."""
 
     def writable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, _whence: int = io.SEEK_SET) -> int:
+        return offset
 
     def write(self, content: Any) -> int:
         return len(content)
