@@ -13,17 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_processes import wait_for
 from tiny_model import hf_logp, load_hf, merge_into_hf
 from trajectory_fleet import Fleet, make_group, put_groups
 
 from publisher.epochs import claim_epoch
+from publisher.resume import places
 from shared.adapter_files import read_tensors
 from shared.catalog import Catalog
 from shared.config import Config, LoraConfig, ModelConfig, StoreConfig, TaskConfig, TrainConfig, to_toml
@@ -33,7 +36,7 @@ from shared.layout import Layout, version_of
 from shared.local_store import LocalStore
 from shared.store import Entry
 from shared.versions import Version
-from trainer.checkpoint import newest
+from trainer.checkpoint import CheckpointWriter, newest
 from trainer.loop import Trainer, train
 
 pytestmark = pytest.mark.megatron
@@ -208,14 +211,14 @@ def test_a_trainer_that_was_succeeded_stops_while_it_waits(config: Config, store
 
 
 class LosesListings(LocalStore):
-    """Fails every second listing of the claims once `armed`."""
+    """Fails every third listing of the claims once `armed`: a commit asks twice."""
 
     armed, asked, failures = False, 0, 0
 
     def list(self, prefix: str, after: str = "") -> list[Entry]:
         if self.armed and prefix == LAYOUT.epochs:
             self.asked += 1
-            if self.asked % 2:
+            if self.asked % 3 == 1:
                 self.failures += 1
                 raise StoreError("connection reset", op="list", key=prefix, retryable=True)
         return super().list(prefix, after)
@@ -266,6 +269,31 @@ def test_the_last_version_is_published_though_the_configuration_says_skip(
     letting.join()
     assert (outcome["number"], outcome["skipped_versions"]) == (4, 2)
     assert Catalog(store, ADAPTER).newest() == Version(1, 4)
+
+
+class SlowCheckpoints(LocalStore):
+    """Takes the first checkpoint a while after the last step, and no sooner."""
+
+    def __init__(self, url: str, text: Callable[[], str]) -> None:
+        super().__init__(url)
+        self._text = text
+
+    def put_stream(self, key: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
+        if f"{LAYOUT.checkpoint(1, 1)}/" in key:
+            wait_for(lambda: "step=2 " in self._text(), 60)
+            threading.Event().wait(0.5)  # in which a step that does not wait has missed its checkpoint
+        super().put_stream(key, chunks, size)
+
+
+def test_the_last_checkpoint_is_written_though_the_one_before_is_slow(
+    config: Config, store: LocalStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer.loop.CheckpointWriter", partial(CheckpointWriter, max_wait_s=0.0))
+    slow = SlowCheckpoints(store.url, lambda: caplog.text)
+    with caplog.at_level("INFO"), fed(config, store):
+        outcome = train(with_train(config, steps=2, checkpoint_every=1), store=slow)
+    assert outcome["missed_checkpoints"] == 0
+    assert places(store, LAYOUT) == [(1, 1), (1, 2)]
 
 
 def test_a_silent_fleet_ends_the_training_with_a_reason(config: Config):
