@@ -33,11 +33,6 @@ class Tensor(NamedTuple):
     slices: tuple[Slice, ...]
 
 
-def whole_tensor(dtype: str, shape: tuple[int, int], shard: int, name: str) -> Tensor:
-    """A tensor that is one slice of its own name."""
-    return Tensor(dtype, shape, (Slice(shard, name, _WHOLE, shape),))
-
-
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Canonical JSON."""
     entries = []

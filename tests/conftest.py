@@ -8,6 +8,9 @@ import ceph_rgw
 import pytest
 from s3_server import S3Server, running
 
+from shared.store import Store
+from shared.stores import open_store
+
 # PyPI builds these three for CUDA, which breaks `import transformers` beside a CPU torch (rollout/vllm_launch.py).
 for _name in ("torchvision", "torchaudio", "torchcodec"):
     sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
@@ -35,3 +38,12 @@ def ceph() -> Iterator[ceph_rgw.CephRgw]:
     """A Ceph RGW on loopback; for tests marked `ceph`."""
     with ceph_rgw.running() as server:
         yield server
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind that a machine has by itself."""
+    if request.param == "s3":
+        server: S3Server = request.getfixturevalue("s3")
+        return open_store(server.url(tmp_path.name), server.options)
+    return open_store(str(tmp_path) if request.param == "file" else f"memory://{tmp_path.name}")

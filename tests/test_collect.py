@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from s3_server import S3Server
 from tiny_versions import (
     ADAPTER,
     LAYOUT,
@@ -47,14 +46,6 @@ def v(number: int, epoch: int = 1) -> Version:
 
 def no_wait(_seconds: float) -> None:
     return
-
-
-@pytest.fixture(params=["file", "memory", "s3"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "s3":
-        server: S3Server = request.getfixturevalue("s3")
-        return open_store(server.url(f"collect-{tmp_path.name}"), server.options)
-    return open_store(str(tmp_path) if request.param == "file" else f"memory://collect-{tmp_path.name}")
 
 
 @pytest.fixture

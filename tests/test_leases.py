@@ -5,7 +5,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from s3_server import S3Server
 from test_agent import Bench
 from tiny_versions import LAYOUT, ClockedStore
 
@@ -27,14 +26,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(params=["file", "memory", "s3"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "s3":
-        server: S3Server = request.getfixturevalue("s3")
-        return open_store(server.url(f"leases-{tmp_path.name}"), server.options)
-    return open_store(str(tmp_path) if request.param == "file" else f"memory://leases-{tmp_path.name}")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from shared.layout import Layout, rollback_of, version_of
 from shared.manifest import Canary, LoraShape, Manifest, Parent, Shard, Signature
 from shared.peft_names import expected_tensors, wire_order
 from shared.stores import open_store
-from shared.tensor_table import Slice, Tensor, whole_tensor
+from shared.tensor_table import Slice, Tensor
 from shared.versions import Version, parse_served_name, served_name
 
 GOLDEN = Path(__file__).parent / "data" / "layout-1"
@@ -117,7 +117,7 @@ def test_another_spelling_of_the_same_values_is_corrupt(canonical: bytes, other:
 
 
 def test_a_whole_tensor_has_a_short_form_and_no_long_one():
-    whole = replace(MANIFEST, tensors={"q": whole_tensor("BF16", (4, 3), 0, "q")})
+    whole = replace(MANIFEST, tensors={"q": Tensor("BF16", (4, 3), (Slice(0, "q", (0, 0), (4, 3)),))})
     fields = {"dtype": "BF16", "shape": [4, 3], "shard": 0}
     assert strict_json.load_object(whole.to_bytes(), key="", max_bytes=1 << 20)["tensors"] == {"q": fields}
     assert Manifest.parse(whole.to_bytes(), key="k") == whole
